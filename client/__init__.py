@@ -1,0 +1,1 @@
+"""Talking to WiCore: the client library and the `wicore` command."""

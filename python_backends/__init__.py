@@ -1,0 +1,1 @@
+"""What runs inside Triton: the stages of the ensemble, the decode engine and its runtimes."""

@@ -1,0 +1,93 @@
+"""Defaults, once. `wicore.json` beside the model repository's manifest overrides them; unknown keys are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from python_backends.errors import ConfigError
+
+CONFIG_NAME = "wicore.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of one server. Sizes are upper bounds, clipped to what the machine and the model have and reported.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    max_batch_size: int = 16
+    """Sequences decoded together, and so KV slots."""
+    max_context_length: int = 131_072
+    """Tokens of prompt and answer together; clipped to the model's own limit."""
+    cpu_memory_gb: float = 128.0
+    """Host memory for KV caches (GB); fewer slots or a shorter context where it does not suffice."""
+    prefill_chunk: int = 512
+    """Most prompt tokens computed in one step."""
+    max_queue: int = 256
+    """Requests waiting for a slot before new ones are refused as overloaded."""
+    queue_timeout_ms: int = 60_000
+    """How long a request may wait for a slot when it names no timeout of its own."""
+    deadline_ms: int = 600_000
+    """How long a request may take in all when it names no deadline of its own."""
+    max_tokens: int = 256
+    """Answer tokens when a request names no number."""
+    max_images: int = 16
+    """Images in one request."""
+    max_image_bytes: int = 32 * 2**20
+    """Encoded bytes of one image."""
+    max_image_pixels: int = 64 * 2**20
+    """Width × height of one image, read from its header before any pixel is decoded."""
+    pan_and_scan: bool = False
+    """Cut long images into crops as the Gemma-3 processor can (arXiv 2503.19786, section 2.1)."""
+    num_threads: int = 0
+    """Compute threads of the decoder; 0 takes every physical core."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool):
+                continue
+            low = 0 if field.name in {"num_threads", "max_images", "max_queue"} else 1
+            if field.name == "cpu_memory_gb":
+                low = 0
+            if value < low:
+                raise ConfigError(f"{field.name} is {value}; it must be at least {low}")
+
+
+def load(folder: Path) -> Config:
+    """Read ``wicore.json`` of a model repository; the defaults where there is none.
+
+    Raises:
+        ConfigError: not JSON, an unknown key (the nearest valid name is given), a value of the wrong type or range.
+    """
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        return Config()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold one JSON object")
+    return from_values(values, str(path))
+
+
+def from_values(values: dict[str, Any], where: str) -> Config:
+    """Check keys and types and build the configuration; ``where`` names the source in errors."""
+    types = get_type_hints(Config)
+    for key, value in values.items():
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; valid keys: {', '.join(sorted(types))}"
+            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+        wanted = types[key]
+        fits = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and wanted is not bool):
+            raise ConfigError(f"{where}: {key} must be {wanted.__name__}, not {value!r}")
+    return Config(**values)

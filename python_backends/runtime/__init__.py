@@ -1,0 +1,1 @@
+"""Runtimes behind one protocol: `base` says what a step is, the others execute it."""

@@ -1,0 +1,118 @@
+"""What the decode engine asks of a runtime: steps over slots of caller-owned KV caches.
+
+A runtime loads one artefact folder (see `builders.repository`) and never learns what a request is; the engine never
+learns which runtime executes. Shapes: B rows, S positions of a right-padded chunk, R positions whose logits are
+wanted, M image embeddings, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+UInt8 = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """What the engine must know of a decoder; filled by the runtime from the manifest."""
+
+    vocab_size: int
+    hidden_size: int
+    num_slots: int
+    """Rows of the KV caches, after clipping to the memory limit."""
+    max_context_length: int
+    """Tokens one slot can hold, after clipping."""
+    image_token_id: int | None
+    """Placeholder id that an image embedding replaces; None in a text-only model."""
+    tokens_per_image: int
+    """Embeddings of one image; 0 in a text-only model."""
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass
+class StepInputs:
+    """One step over the slots ``first_slot … first_slot + B − 1``, row b of every array belonging to one slot.
+
+    A row with ``query_len`` 0 is idle: its cache does not change and its outputs mean nothing.
+    """
+
+    first_slot: int
+    input_ids: Int32
+    """[B, S] right-padded."""
+    past_len: Int32
+    """[B] tokens already in the slot's cache."""
+    query_len: Int32
+    """[B] valid tokens of the row, 0 … S."""
+    logit_positions: Int32
+    """[B, R] positions within the chunk whose logits are wanted, 0 … S−1."""
+    temperature: Float32
+    """[B] 0 is greedy."""
+    top_k: Int32
+    """[B] 0 is off."""
+    top_p: Float32
+    """[B] 1 is off."""
+    min_p: Float32
+    """[B] 0 is off."""
+    uniform: Float32
+    """[B, R] one uniform number in (0, 1) per drawn token; unused where greedy."""
+    image_features: Float32 | None = None
+    """[M, D] embeddings of every image in the chunk, one after the other; None for a chunk without image."""
+    image_index: Int32 | None = None
+    """[B, S] row of image_features that replaces the token's embedding, −1 for text."""
+    image_group: Int32 | None = None
+    """[B, S] equal non-negative numbers for the tokens of one image, which see each other both ways; −1 for text."""
+
+
+@dataclass
+class StepOutputs:
+    """What leaves the device."""
+
+    next_token: Int32
+    """[B, R] sampled ids."""
+    logprob: Float32
+    """[B, R] natural logarithm of the sampled token's probability in the model's own distribution (temperature 1)."""
+    logits: Float32 | None = None
+    """[B, R, V], only when asked for."""
+
+
+class DecoderRuntime(Protocol):
+    """Executes decoder steps. Not thread-safe: the engine calls it from one thread."""
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """Sizes after clipping."""
+        ...
+
+    def step(self, inputs: StepInputs, *, want_logits: bool = False) -> StepOutputs:
+        """Append the valid tokens to the slots' caches and return the tokens drawn at ``logit_positions``.
+
+        An image's tokens must lie in one chunk. Raises InternalError where the backend fails.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free every buffer."""
+        ...
+
+
+class VisionRuntime(Protocol):
+    """Executes the vision tower and projector."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, H, W)."""
+        ...
+
+    def encode(self, pixels: UInt8) -> Float32:
+        """[N, 3, H, W] uint8 RGB → [N, tokens_per_image, D] float32."""
+        ...
+
+    def close(self) -> None:
+        """Free every buffer."""
+        ...

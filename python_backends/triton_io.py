@@ -1,0 +1,121 @@
+"""Triton's side of every stage: tensors in and out by the contract, and exceptions mapped once.
+
+The only file that imports ``triton_python_backend_utils``, which exists inside a Python-backend stub alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from python_backends.contract import Model, Tensor, TritonType
+from python_backends.errors import InternalError, InvalidParameterError, UnsupportedFeatureError, WiCoreError
+
+log = logging.getLogger("wicore")
+
+NUMPY: dict[TritonType, Any] = {
+    "TYPE_STRING": np.object_,
+    "TYPE_INT32": np.int32,
+    "TYPE_INT64": np.int64,
+    "TYPE_UINT64": np.uint64,
+    "TYPE_FP32": np.float32,
+    "TYPE_BOOL": np.bool_,
+    "TYPE_UINT8": np.uint8,
+}
+
+Value = NDArray[Any] | Sequence[bytes]
+
+
+def start_logging(stage: str) -> None:
+    """Send the stage's log to the server's standard error, where Triton's own lines go."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=f"%(asctime)s {stage}: %(message)s", force=True)
+
+
+def repository(args: Mapping[str, str]) -> Path:
+    """The model repository's root, from what Triton gives a stage's ``initialize``."""
+    return Path(args["model_repository"]).parent
+
+
+def array(request: Any, name: str) -> NDArray[Any] | None:
+    """An input without its batch dimension; None where the request left it out.
+
+    Raises:
+        InvalidParameterError: the request holds more than one prompt.
+    """
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return None
+    values = tensor.as_numpy()
+    if values.shape[0] != 1:
+        raise InvalidParameterError(f"{name} has a batch of {values.shape[0]}; send one prompt per request")
+    return values[0]
+
+
+def text(request: Any, name: str) -> list[bytes]:
+    """A BYTES input as a list; empty where the request left it out."""
+    values = array(request, name)
+    return [] if values is None else [bytes(value) for value in values.reshape(-1)]
+
+
+def refuse_unimplemented(request: Any, model: Model) -> None:
+    """Refuse by name the parts of the contract that are declared but not offered yet.
+
+    Raises:
+        UnsupportedFeatureError: such an input is present and not zero or empty.
+    """
+    for tensor in model.inputs:
+        if tensor.implemented:
+            continue
+        values = array(request, tensor.name)
+        if values is not None and any(bool(value) for value in values.reshape(-1)) and not _is_neutral(tensor, values):
+            raise UnsupportedFeatureError(f"{tensor.name} is not offered by this version; leave it out")
+
+
+def _is_neutral(tensor: Tensor, values: NDArray[Any]) -> bool:
+    """One answer and a factor of one are what a request without these gets."""
+    return tensor.name in {"n", "repetition_penalty"} and bool((values == 1).all())
+
+
+def respond(values: Mapping[str, Value], model: Model) -> Any:
+    """A response that holds exactly the model's outputs, each with the batch dimension in front.
+
+    Raises:
+        KeyError: the stage left an output of the contract out.
+    """
+    tensors = []
+    for output in model.outputs:
+        value = values[output.name]
+        if output.dtype == "TYPE_STRING":
+            filled = np.empty((1, len(value)), dtype=np.object_)
+            filled[0, :] = list(value)
+        else:
+            filled = np.ascontiguousarray(value, dtype=NUMPY[output.dtype])[np.newaxis]
+        tensors.append(pb_utils.Tensor(output.name, filled))
+    return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def refuse(error: BaseException) -> Any:
+    """The error response for an exception: its own text if it is in the tree, else a plain one and a log entry."""
+    if not isinstance(error, WiCoreError):
+        log.error("unexpected failure", exc_info=error)
+        error = InternalError("the server failed on this request; its log has the details")
+    code = getattr(pb_utils.TritonError, error.triton_code, pb_utils.TritonError.INTERNAL)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+
+
+def answer_each(requests: Sequence[Any], model: Model, fn: Callable[[Any], Mapping[str, Value]]) -> list[Any]:
+    """One response per request, in order; a request that fails does not touch the others of its batch."""
+    responses = []
+    for request in requests:
+        try:
+            responses.append(respond(fn(request), model))
+        except Exception as error:
+            responses.append(refuse(error))
+    return responses
