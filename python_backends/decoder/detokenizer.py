@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-REPLACEMENT = "\ufffd"
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class Detokenizer:
-    """Turns the ids of one answer into text as they come.
+    """Turns the ids of one answer into text as they come, in constant time per token.
 
-    A character whose bytes are spread over several tokens is given out with the last of them. Bytes that never become
-    a character are given out as U+FFFD by `finish`.
+    Gemma spells a character that has no token of its own as ``<0xNN>`` byte tokens. Its text comes with the last of
+    them; bytes that form no character come as U+FFFD. (The tokenizers library's own ``DecodeStream`` raises on such
+    bytes, which a model is free to produce.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._pending: list[int] = []
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int) -> str:
-        """Text that this token completes; empty while a character is incomplete."""
-        self._pending.append(token_id)
-        piece: str | None = self._stream.step(self._tokenizer, token_id)
-        if piece is None:
-            return ""
-        self._pending.clear()
-        return piece
+        """Text that this token completes; empty for a special token and while a character is incomplete."""
+        byte = BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token_id) or "")
+        if byte:
+            return self._bytes.decode(bytes([int(byte[1], 16)]))
+        return self.finish() + str(self._tokenizer.decode([token_id], skip_special_tokens=True))
 
     def finish(self) -> str:
-        """What is left at the end: the tokens of an incomplete character, or nothing."""
-        text: str = self._tokenizer.decode(self._pending, skip_special_tokens=True) if self._pending else ""
-        self._pending.clear()
-        return text
+        """What is left at the end: U+FFFD for an incomplete character, or nothing."""
+        return self._bytes.decode(b"", final=True)
 
 
 class StopStrings:

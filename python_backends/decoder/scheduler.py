@@ -19,7 +19,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence's share of a step: ``count`` tokens from position ``start``."""
+    """One sequence's share of a step: ``count`` tokens from position ``start``; 0 where it only holds its slot."""
 
     sequence_id: int
     slot: int
@@ -85,8 +85,8 @@ class Scheduler:
         return tuple(self._running)
 
     def can_add(self) -> bool:
-        """Whether the queue has room: a free slot counts as room."""
-        return len(self._waiting) < self._max_queue + len(self._free_slots)
+        """Whether a slot is free or the queue has room."""
+        return bool(self._free_slots) or len(self._waiting) < self._max_queue
 
     def add(self, sequence_id: int, prompt_length: int, images: Sequence[Span] = ()) -> None:
         """Queue a sequence of ``prompt_length`` tokens; ``images`` in rising order, without overlap."""
@@ -95,6 +95,7 @@ class Scheduler:
         if prompt_length < 1:
             raise ValueError("a prompt has at least one token")
         self._waiting[sequence_id] = _Work(sequence_id, prompt_length, tuple(images))
+        self._admit()
 
     def remove(self, sequence_id: int) -> None:
         """Forget a sequence, wherever it is, and free its slot."""
@@ -103,10 +104,10 @@ class Scheduler:
         work = self._running.pop(sequence_id)
         assert work.slot is not None
         heapq.heappush(self._free_slots, work.slot)
+        self._admit()
 
     def schedule(self) -> Step | None:
         """The next step, or None where there is nothing to do. `computed` must follow before the next call."""
-        self._admit()
         prefilling = [work for work in self._running.values() if work.prefilling]
         decoding = [work for work in self._running.values() if not work.prefilling]
         if prefilling and not (decoding and self._prefilled_last):
@@ -115,7 +116,8 @@ class Scheduler:
         self._prefilled_last = False
         if not decoding:
             return None
-        rows = (Row(work.sequence_id, _slot(work), work.computed, 1, samples=True) for work in decoding)
+        rows = [Row(work.sequence_id, _slot(work), work.computed, 1, samples=True) for work in decoding]
+        rows += [Row(work.sequence_id, _slot(work), work.computed, 0, samples=False) for work in prefilling]
         return Step("decode", tuple(sorted(rows, key=lambda row: row.slot)))
 
     def computed(self, row: Row) -> None:
@@ -130,7 +132,8 @@ class Scheduler:
         used = [_slot(work) for work in self._running.values()]
         assert sorted(used + self._free_slots) == list(range(self.num_slots)), "slots lost or given twice"
         assert not set(self._waiting) & set(self._running), "a sequence both waits and runs"
-        assert not (self._waiting and self._free_slots and not self._running), "work waits beside idle slots"
+        assert not (self._waiting and self._free_slots), "a sequence waits beside a free slot"
+        assert len(self._waiting) <= self._max_queue, "more wait than the queue holds"
         for work in self._waiting.values():
             assert work.slot is None, "a waiting sequence holds a slot"
             assert work.computed == 0, "a waiting sequence was computed"

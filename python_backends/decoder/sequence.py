@@ -120,7 +120,7 @@ class Request:
                 "so that one is left for the answer"
             )
         ids = (*self.input_ids, *self.parameters.stop_token_ids)
-        if not (0 <= min(ids) and max(ids) < spec.vocab_size):
+        if min(ids) < 0 or max(ids) >= spec.vocab_size:
             raise InvalidParameterError(f"token ids must lie in 0 … {spec.vocab_size - 1}")
         placeholders = sum(1 for token in self.input_ids if token == spec.image_token_id)
         given = 0 if self.image_features is None else len(self.image_features)
