@@ -105,7 +105,8 @@ ANSWER = (
     Tensor("finish_reason", "TYPE_STRING"),  # "" until the last response: stop, length, cancelled, deadline
     Tensor("tool_calls", "TYPE_STRING"),
     Tensor("usage", "TYPE_STRING"),  # JSON, on the last response
-    Tensor("logprobs", "TYPE_FP32", (-1,)),  # one per token in token_ids
+    # One per token in token_ids. Not "logprobs": an ensemble has one namespace, and that is the input.
+    Tensor("token_logprobs", "TYPE_FP32", (-1,)),
     Tensor("error_code", "TYPE_STRING"),
 )
 

@@ -38,9 +38,10 @@ TEXT_CONFIG: dict[str, Any] = {
     "pad_token_id": PAD,
     "query_pre_attn_scalar": 32,
     "rms_norm_eps": 1e-06,
-    "rope_local_base_freq": 10000.0,
-    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-    "rope_theta": 1000000.0,
+    "rope_parameters": {
+        "full_attention": {"factor": 8.0, "rope_theta": 1000000.0, "rope_type": "linear"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
     "sliding_window": 64,
     "sliding_window_pattern": 6,
     "tie_word_embeddings": True,
@@ -95,18 +96,9 @@ def _layer_types(text: dict[str, Any]) -> list[str]:
 
 
 def checkpoint_config(**overrides: Any) -> dict[str, Any]:
-    """The content of config.json; ``overrides`` replace single entries of its text part (``num_hidden_layers=2`` …).
-
-    It says everything twice on purpose where the format changed: ``rope_theta``/``rope_scaling``/
-    ``sliding_window_pattern`` as the published Gemma-3 checkpoints do, and ``rope_parameters``/``layer_types`` as
-    transformers 5 writes them, so readers of either form find what they look for.
-    """
+    """The content of config.json; ``overrides`` replace single entries of its text part (``num_hidden_layers=2`` …)."""
     text = {**TEXT_CONFIG, **overrides}
     text["layer_types"] = _layer_types(text)
-    text["rope_parameters"] = {
-        "full_attention": {**text["rope_scaling"], "rope_theta": text["rope_theta"]},
-        "sliding_attention": {"rope_type": "default", "rope_theta": text["rope_local_base_freq"]},
-    }
     return {**CONFIG, "text_config": dict(sorted(text.items()))}
 
 

@@ -135,7 +135,7 @@ def _response(piece: Piece) -> Any:
             "finish_reason": [piece.finish_reason.encode()],
             "tool_calls": [b""],
             "usage": [usage.encode()],
-            "logprobs": np.asarray(piece.logprobs, np.float32),
+            "token_logprobs": np.asarray(piece.logprobs, np.float32),
             "error_code": [piece.error.code.encode() if piece.error else b""],
         },
         MODEL,
