@@ -99,7 +99,9 @@ class Quantized(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The initializers of one weight. Of fp32 and fp16, only ``data``."""
+    """The initializers of one weight; of fp32 and fp16 only ``data``. The operators' ``block_size`` is
+    ``precision.block_size(K)``, which differs from ``precision.block`` for one scale per channel.
+    """
 
     data: onnx.TensorProto
     """Quantized: uint8 [N, K/block, block·bits/8]; else float [N, K]."""
@@ -107,8 +109,6 @@ class Packed(NamedTuple):
     """float32 [N, K/block]"""
     zero_points: onnx.TensorProto | None
     """uint8 [N, ceil(K/block · bits / 8)]"""
-    block: int
-    """The operators' ``block_size``; 0 when not quantized."""
 
 
 def pack_linear(weight: LazyTensor, precision: Precision, file: WeightFile, name: str) -> Packed:
@@ -122,7 +122,7 @@ def pack_linear(weight: LazyTensor, precision: Precision, file: WeightFile, name
     """
     if not precision.quantized:
         dtype = onnx.TensorProto.FLOAT if precision.name == "fp32" else onnx.TensorProto.FLOAT16
-        return Packed(file.add_float(name, weight, dtype), None, None, 0)
+        return Packed(file.add_float(name, weight, dtype), None, None)
     rows, columns = weight.shape
     block = precision.block_size(columns)
     blocks = -(-columns // block)
@@ -141,7 +141,6 @@ def pack_linear(weight: LazyTensor, precision: Precision, file: WeightFile, name
         data,
         file.add_array(f"{name}_scales", scales),
         None if zeros is None else file.add_array(f"{name}_zero_points", zeros),
-        block,
     )
 
 

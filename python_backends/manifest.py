@@ -192,7 +192,8 @@ def read(repository: Path) -> Manifest:
         inside = [stage.folder, *(file.name for file in stage.files)]
         if any(Path(part).is_absolute() or ".." in Path(part).parts for part in inside):
             raise ArtifactError(f"{path} names files outside the repository; {_rebuild(repository)}")
-    return dataclasses.replace(manifest, repository=repository)
+    complete: Manifest = dataclasses.replace(manifest, repository=repository)
+    return complete
 
 
 def _rebuild(repository: Path) -> str:
