@@ -58,6 +58,12 @@ def array(request: Any, name: str) -> NDArray[Any] | None:
     return values[0]
 
 
+def rows(request: Any, name: str) -> NDArray[Any]:
+    """A required input with its batch dimension, for a model whose rows are items of their own."""
+    values: NDArray[Any] = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+    return values
+
+
 def text(request: Any, name: str) -> list[bytes]:
     """A BYTES input as a list; empty where the request left it out."""
     values = array(request, name)
@@ -98,6 +104,15 @@ def respond(values: Mapping[str, Value], model: Model) -> Any:
         else:
             filled = np.ascontiguousarray(value, dtype=NUMPY[output.dtype])[np.newaxis]
         tensors.append(pb_utils.Tensor(output.name, filled))
+    return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def respond_rows(values: Mapping[str, NDArray[Any]], model: Model) -> Any:
+    """As `respond`, for arrays that have their batch dimension already."""
+    tensors = [
+        pb_utils.Tensor(output.name, np.ascontiguousarray(values[output.name], dtype=NUMPY[output.dtype]))
+        for output in model.outputs
+    ]
     return pb_utils.InferenceResponse(output_tensors=tensors)
 
 
