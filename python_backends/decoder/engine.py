@@ -55,7 +55,8 @@ class Engine:
         self._runtime = runtime
         self._tokenizer = tokenizer
         self._clock = clock
-        self._scheduler = Scheduler(self.spec.num_slots, config.prefill_chunk, config.max_queue)
+        self._prefill_chunk = config.prefill_chunk
+        self._scheduler = Scheduler(self.spec.num_slots, config.max_queue)
         self._sequences: dict[int, ActiveSequence] = {}
         self._ids = itertools.count()
         self._changed = threading.Condition(threading.RLock())
@@ -93,7 +94,8 @@ class Engine:
                 raise OverloadedError(f"{len(self._scheduler.waiting)} requests are waiting already; try again later")
             if parameters.echo:
                 request.sink(Piece(self._tokenizer.decode(list(request.input_ids), skip_special_tokens=True)))
-            self._scheduler.add(sequence.sequence_id, len(request.input_ids), spans)
+            size = len(request.input_ids) + sequence.max_tokens
+            self._scheduler.add(sequence.sequence_id, len(request.input_ids), spans, size=size)
             self._sequences[sequence.sequence_id] = sequence
             self._changed.notify()
 
@@ -127,7 +129,7 @@ class Engine:
                 self._sweep()
                 if self._closing:
                     return
-                step = self._scheduler.schedule()
+                step = self._scheduler.schedule(self._prefill_chunk)
                 if step is None:
                     self._changed.wait(IDLE_WAIT_S if self._sequences else None)
                     continue
@@ -220,14 +222,14 @@ class Engine:
     def _sweep(self) -> None:
         """End what was stopped, cancelled, or is past its time. Called with the lock held, between steps."""
         now = self._clock()
-        waiting = set(self._scheduler.waiting)
+        queued = set(self._scheduler.queued)
         for sequence in list(self._sequences.values()):
             request = sequence.request
             if self._closing or request.request_id in self._stopped or request.is_cancelled():
                 self._end(sequence, "cancelled", CancelledError("the request was stopped"))
             elif now >= sequence.deadline_s:
                 self._end(sequence, "deadline", DeadlineExceededError("the request's deadline passed"))
-            elif sequence.sequence_id in waiting and now >= sequence.queue_deadline_s:
+            elif sequence.sequence_id in queued and now >= sequence.queue_deadline_s:
                 self._end(sequence, "deadline", DeadlineExceededError("no slot became free within the queue timeout"))
         self._stopped.clear()
 

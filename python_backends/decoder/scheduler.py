@@ -1,14 +1,18 @@
-"""Who computes what in the next step: ids and counts only, no tensors, no clock of its own.
+"""Who computes what in the next step: ids and counts only, no tensors, no clock.
 
-A step is either one prefill chunk of one sequence or one token for every decoding sequence. Where both kinds of work
-exist they alternate, so a long prompt delays the others by one chunk at a time. Sequences get slots first come, first
-served; the lowest free slot is taken, so that the rows of a decode step lie close together.
+A step is either one prefill chunk of one sequence or one decode row for every decoding sequence. Where both kinds of
+work exist they alternate, and the chunk is cut to the budget the caller gives, so a long prompt delays the others'
+tokens by a known amount.
+
+Order of admission: the lower ``priority`` value first, then shorter work, then the older. Nobody starves, by two
+bounds: at most ``max_overtakes`` sequences that arrived later are admitted before any sequence that waits, and where
+slots stay taken a running sequence is set aside once it has had ``quantum`` tokens since it was admitted.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,11 +34,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Move:
+    """A sequence whose ``length`` computed tokens leave or enter a slot before the step runs."""
+
+    sequence_id: int
+    slot: int
+    length: int
+
+
+Moves = tuple[Move, ...]
+
+
+@dataclass(frozen=True)
 class Step:
-    """Work for one run of the runtime; rows in rising slot order."""
+    """Work for one run of the runtime; rows in rising slot order. Moves out come before moves in."""
 
     kind: Literal["prefill", "decode"]
     rows: tuple[Row, ...]
+    set_aside: Moves = ()
+    resume: Moves = ()
 
 
 @dataclass
@@ -42,10 +60,17 @@ class _Work:
     """One sequence. Invariant: ``computed`` ≤ ``length``; a decoding sequence has exactly one token not computed."""
 
     sequence_id: int
+    arrival: int
+    priority: int
+    size: int
     length: int
     images: tuple[Span, ...]
     computed: int = 0
     slot: int | None = None
+    overtaken: int = 0
+    """Admissions of sequences that arrived later, while this one waited."""
+    since_admission: int = 0
+    """Tokens drawn since it was last given a slot."""
     prompt_length: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,106 +80,191 @@ class _Work:
     def prefilling(self) -> bool:
         return self.computed < self.prompt_length
 
+    @property
+    def order(self) -> tuple[int, int, int]:
+        return self.priority, self.size, self.arrival
+
 
 class Scheduler:
     """Gives out slots and steps.
 
     Args:
         num_slots: sequences that can be computed at once.
-        prefill_chunk: most tokens of one chunk; a single image longer than that still goes whole.
-        max_queue: sequences that may wait for a slot.
+        max_queue: sequences that may wait for their first slot.
+        max_overtakes: later sequences that may be admitted before one that waits.
+        quantum: tokens a sequence may draw before it can be set aside for one of its own priority; None: never.
     """
 
-    def __init__(self, num_slots: int, prefill_chunk: int, max_queue: int) -> None:
+    def __init__(self, num_slots: int, max_queue: int, max_overtakes: int = 8, quantum: int | None = None) -> None:
         self.num_slots = num_slots
-        self._prefill_chunk = prefill_chunk
         self._max_queue = max_queue
-        self._waiting: OrderedDict[int, _Work] = OrderedDict()
+        self._max_overtakes = max_overtakes
+        self._quantum = quantum
+        self._arrivals = itertools.count()
+        self._waiting: dict[int, _Work] = {}
         self._running: dict[int, _Work] = {}
         self._free_slots = list(range(num_slots))
         self._prefilled_last = False
 
     @property
     def waiting(self) -> tuple[int, ...]:
-        """Sequences without a slot, oldest first."""
-        return tuple(self._waiting)
+        """Sequences without a slot, oldest first; those set aside among them."""
+        return tuple(work.sequence_id for work in sorted(self._waiting.values(), key=lambda work: work.arrival))
+
+    @property
+    def queued(self) -> tuple[int, ...]:
+        """Sequences that never had a slot, oldest first."""
+        return tuple(each for each in self.waiting if not self._waiting[each].computed)
 
     @property
     def running(self) -> tuple[int, ...]:
         """Sequences with a slot."""
         return tuple(self._running)
 
-    def can_add(self) -> bool:
-        """Whether a slot is free or the queue has room."""
-        return bool(self._free_slots) or len(self._waiting) < self._max_queue
+    @property
+    def decoding(self) -> int:
+        """Sequences whose prompt is done and that hold a slot."""
+        return sum(1 for work in self._running.values() if not work.prefilling)
 
-    def add(self, sequence_id: int, prompt_length: int, images: Sequence[Span] = ()) -> None:
-        """Queue a sequence of ``prompt_length`` tokens; ``images`` in rising order, without overlap."""
+    def can_add(self) -> bool:
+        """Whether the queue has room; a free slot counts as room."""
+        return len(self.queued) < self._max_queue + len(self._free_slots)
+
+    def add(
+        self, sequence_id: int, prompt_length: int, images: Sequence[Span] = (), *, priority: int = 0, size: int = 0
+    ) -> None:
+        """Queue a sequence.
+
+        Args:
+            sequence_id: not in use.
+            prompt_length: tokens, at least 1.
+            images: in rising order, without overlap.
+            priority: lower is sooner.
+            size: tokens it may need in all, for shorter work first.
+        """
         if sequence_id in self._waiting or sequence_id in self._running:
             raise ValueError(f"sequence {sequence_id} is here already")
         if prompt_length < 1:
             raise ValueError("a prompt has at least one token")
-        self._waiting[sequence_id] = _Work(sequence_id, prompt_length, tuple(images))
-        self._admit()
+        self._waiting[sequence_id] = _Work(
+            sequence_id, next(self._arrivals), priority, size, prompt_length, tuple(images)
+        )
 
     def remove(self, sequence_id: int) -> None:
         """Forget a sequence, wherever it is, and free its slot."""
         if self._waiting.pop(sequence_id, None) is not None:
             return
         work = self._running.pop(sequence_id)
-        assert work.slot is not None
-        heapq.heappush(self._free_slots, work.slot)
-        self._admit()
+        heapq.heappush(self._free_slots, _slot(work))
 
-    def schedule(self) -> Step | None:
-        """The next step, or None where there is nothing to do. `computed` must follow before the next call."""
+    def schedule(self, prefill_budget: int) -> Step | None:
+        """The next step, or None where there is nothing to do. `computed` must follow for every row.
+
+        Args:
+            prefill_budget: most tokens of a chunk; a single image longer than that still goes whole.
+        """
+        resume = self._admit()
+        set_aside, entered = self._make_room()
+        moves = (set_aside, resume + entered)
         prefilling = [work for work in self._running.values() if work.prefilling]
         decoding = [work for work in self._running.values() if not work.prefilling]
         if prefilling and not (decoding and self._prefilled_last):
             self._prefilled_last = True
-            return Step("prefill", (self._chunk(prefilling[0]),))
+            first = min(prefilling, key=lambda work: (work.priority, work.prompt_length - work.computed, work.arrival))
+            return Step("prefill", (_chunk(first, prefill_budget),), *moves)
         self._prefilled_last = False
         if not decoding:
             return None
         rows = [Row(work.sequence_id, _slot(work), work.computed, 1, samples=True) for work in decoding]
         rows += [Row(work.sequence_id, _slot(work), work.computed, 0, samples=False) for work in prefilling]
-        return Step("decode", tuple(sorted(rows, key=lambda row: row.slot)))
+        return Step("decode", tuple(sorted(rows, key=lambda row: row.slot)), *moves)
 
-    def computed(self, row: Row) -> None:
-        """Note that a row ran; one that samples has grown its sequence by a token."""
+    def computed(self, row: Row, drawn: int = 1) -> None:
+        """Note that a row ran. One that samples has grown its sequence by ``drawn`` tokens, all but the last computed.
+
+        ``drawn`` above 1 is what speculative decoding accepted.
+        """
         work = self._running[row.sequence_id]
-        work.computed += row.count
-        if row.samples:
-            work.length += 1
+        if not row.samples:
+            work.computed += row.count
+            return
+        base = work.computed + row.count if work.prefilling else work.computed + 1
+        work.computed = base + drawn - 1
+        work.length = work.computed + 1
+        work.since_admission += drawn
 
     def check_integrity(self) -> None:
         """Raise AssertionError where an invariant does not hold."""
         used = [_slot(work) for work in self._running.values()]
         assert sorted(used + self._free_slots) == list(range(self.num_slots)), "slots lost or given twice"
         assert not set(self._waiting) & set(self._running), "a sequence both waits and runs"
-        assert not (self._waiting and self._free_slots), "a sequence waits beside a free slot"
-        assert len(self._waiting) <= self._max_queue, "more wait than the queue holds"
+        assert len(self.queued) <= self._max_queue + self.num_slots, "more wait than the queue holds"
         for work in self._waiting.values():
             assert work.slot is None, "a waiting sequence holds a slot"
-            assert work.computed == 0, "a waiting sequence was computed"
+            assert work.overtaken <= self._max_overtakes, "a waiting sequence was overtaken too often"
         for work in self._running.values():
             assert work.prefilling or work.length == work.computed + 1, "a decoding sequence is not one token ahead"
             for start, end in work.images:
                 assert not start < work.computed < end, "an image was split"
 
-    def _admit(self) -> None:
-        while self._waiting and self._free_slots:
-            sequence_id, work = self._waiting.popitem(last=False)
-            work.slot = heapq.heappop(self._free_slots)
-            self._running[sequence_id] = work
+    def _candidate(self) -> _Work | None:
+        """Whose turn it is: the oldest of those overtaken often enough, else by priority, work and age."""
+        tired = [work for work in self._waiting.values() if work.overtaken >= self._max_overtakes]
+        if tired:
+            return min(tired, key=lambda work: work.arrival)
+        return min(self._waiting.values(), key=lambda work: work.order, default=None)
 
-    def _chunk(self, work: _Work) -> Row:
-        start = work.computed
-        end = min(work.prompt_length, start + self._prefill_chunk)
-        for image_start, image_end in work.images:
-            if image_start < end < image_end:
-                end = image_start if image_start > start else image_end
-        return Row(work.sequence_id, _slot(work), start, end - start, samples=end == work.prompt_length)
+    def _admit(self) -> Moves:
+        moves: Moves = ()
+        while self._free_slots and (work := self._candidate()):
+            moves += self._enter(work)
+        return moves
+
+    def _enter(self, work: _Work) -> Moves:
+        """Give a slot; one move for a sequence that was set aside."""
+        del self._waiting[work.sequence_id]
+        for other in self._waiting.values():
+            other.overtaken += other.arrival < work.arrival
+        work.slot = heapq.heappop(self._free_slots)
+        work.since_admission = 0
+        work.overtaken = 0
+        self._running[work.sequence_id] = work
+        return (Move(work.sequence_id, work.slot, work.computed),) if work.computed else ()
+
+    def _make_room(self) -> tuple[Moves, Moves]:
+        """Set one running sequence aside where the one whose turn it is must not wait for it to end: (out, in)."""
+        if self._quantum is None or self._free_slots or not (work := self._candidate()):
+            return (), ()
+        victims = [each for each in self._running.values() if self._may_set_aside(each, work)]
+        if not victims:
+            return (), ()
+        victim = max(victims, key=lambda each: (each.priority, each.since_admission, each.arrival))
+        del self._running[victim.sequence_id]
+        out = (Move(victim.sequence_id, _slot(victim), victim.computed),)
+        heapq.heappush(self._free_slots, _slot(victim))
+        victim.slot = None
+        entered = self._enter(work)
+        self._waiting[victim.sequence_id] = victim
+        return out, entered
+
+    def _may_set_aside(self, running: _Work, waiting: _Work) -> bool:
+        """A prompt is never left half computed, and everyone computes something between two moves."""
+        assert self._quantum is not None
+        if running.prefilling or not running.since_admission:
+            return False
+        tired = waiting.overtaken >= self._max_overtakes
+        if running.since_admission >= self._quantum:
+            return tired or waiting.priority <= running.priority
+        return waiting.priority < running.priority and not tired
+
+
+def _chunk(work: _Work, budget: int) -> Row:
+    start = work.computed
+    end = min(work.prompt_length, start + max(1, budget))
+    for image_start, image_end in work.images:
+        if image_start < end < image_end:
+            end = image_start if image_start > start else image_end
+    return Row(work.sequence_id, _slot(work), start, end - start, samples=end == work.prompt_length)
 
 
 def _slot(work: _Work) -> int:

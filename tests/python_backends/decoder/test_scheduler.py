@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from python_backends.decoder.scheduler import Scheduler
 
-SLOTS, CHUNK, QUEUE, IMAGE = 3, 8, 4, 5
+SLOTS, QUEUE, IMAGE, OVERTAKES, QUANTUM = 3, 6, 5, 2, 4
 
 
 @st.composite
@@ -21,67 +21,104 @@ def prompts(draw):
 
 
 class SchedulerMachine(RuleBasedStateMachine):
+    """A model of the engine: it does what a step says and checks the step against what it knows itself."""
+
     def __init__(self):
         super().__init__()
-        self.scheduler = Scheduler(SLOTS, CHUNK, QUEUE)
+        self.scheduler = Scheduler(SLOTS, QUEUE, OVERTAKES, QUANTUM)
         self.next_id = 0
-        self.expected_start = {}
-        self.arrival = []
+        self.done = {}  # tokens computed
+        self.prompt = {}
+        self.slots = {}  # slot → sequence whose cache is in it
+        self.aside = {}  # sequence → length
+        self.waited = {}  # admissions of later arrivals while waiting for a first slot
 
     @precondition(lambda self: self.scheduler.can_add())
-    @rule(prompt=prompts())
-    def add(self, prompt):
+    @rule(prompt=prompts(), priority=st.integers(-1, 1), size=st.integers(0, 3))
+    def add(self, prompt, priority, size):
         length, spans = prompt
-        self.scheduler.add(self.next_id, length, spans)
-        self.expected_start[self.next_id] = 0
-        self.arrival.append(self.next_id)
+        self.scheduler.add(self.next_id, length, spans, priority=priority, size=size)
+        self.done[self.next_id] = 0
+        self.prompt[self.next_id] = length
+        self.waited[self.next_id] = 0
         self.next_id += 1
 
     @rule(data=st.data())
     def remove(self, data):
-        known = sorted(self.expected_start)
+        known = sorted(self.done)
         if known:
             chosen = data.draw(st.sampled_from(known))
             self.scheduler.remove(chosen)
-            del self.expected_start[chosen]
-            self.arrival.remove(chosen)
+            for kept in (self.done, self.prompt, self.aside, self.waited):
+                kept.pop(chosen, None)
+            self.slots = {slot: each for slot, each in self.slots.items() if each != chosen}
 
-    @rule()
-    def step(self):
-        step = self.scheduler.schedule()
-        assert (step is None) == (not self.expected_start), "there is work exactly when there are sequences"
+    @rule(budget=st.integers(1, 12), accepted=st.integers(1, 3))
+    def step(self, budget, accepted):
+        before = set(self.scheduler.running)
+        step = self.scheduler.schedule(budget)
+        assert (step is None) == (not self.done), "there is work exactly when there are sequences"
         if step is None:
             return
+        self.follow_moves(step)
+        self.count_overtakes(before)
         assert [row.slot for row in step.rows] == sorted({row.slot for row in step.rows})
         assert any(row.count for row in step.rows), "a step does something"
         for row in step.rows:
-            assert row.start == self.expected_start[row.sequence_id]
-            assert row.count <= max(CHUNK, IMAGE)
-            self.scheduler.computed(row)
-            self.expected_start[row.sequence_id] += row.count
+            assert self.slots.setdefault(row.slot, row.sequence_id) == row.sequence_id, "another's cache is in the slot"
+            assert row.start == self.done[row.sequence_id]
+            assert row.count <= max(budget, IMAGE)
+            decoding = row.start >= self.prompt[row.sequence_id]
+            drawn = accepted if decoding and row.samples else 1
+            self.scheduler.computed(row, drawn)
+            self.done[row.sequence_id] += drawn if decoding and row.samples else row.count
+
+    def follow_moves(self, step):
+        for move in step.set_aside:
+            assert self.slots.pop(move.slot) == move.sequence_id
+            assert self.done[move.sequence_id] == move.length
+            self.aside[move.sequence_id] = move.length
+        for move in step.resume:
+            assert move.slot not in self.slots
+            assert self.aside.pop(move.sequence_id) == move.length
+            self.slots[move.slot] = move.sequence_id
+
+    def count_overtakes(self, before):
+        for entered in set(self.scheduler.running) - before:
+            self.waited.pop(entered, None)
+            for other in self.waited:
+                self.waited[other] += other < entered
 
     @invariant()
     def holds(self):
         self.scheduler.check_integrity()
 
     @invariant()
-    def oldest_run(self):
-        running = set(self.scheduler.running)
-        assert len(self.scheduler.waiting) <= QUEUE
-        waiting = list(self.scheduler.waiting)
-        assert waiting == [sequence for sequence in self.arrival if sequence not in running]
+    def nobody_is_overtaken_without_bound(self):
+        assert all(count <= OVERTAKES for count in self.waited.values())
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestScheduler.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+
+
+def run(scheduler, steps, budget=4):
+    """What each step was, as (kind, sequences that drew a token)."""
+    seen = []
+    for _ in range(steps):
+        step = scheduler.schedule(budget)
+        for row in step.rows:
+            scheduler.computed(row)
+        seen.append((step.kind, tuple(row.sequence_id for row in step.rows if row.samples)))
+    return seen
 
 
 def test_a_prompt_is_computed_in_chunks_that_keep_images_whole():
-    scheduler = Scheduler(1, 8, 1)
+    scheduler = Scheduler(1, 1)
     scheduler.add(7, 24, [(3, 8), (10, 20)])
     spans = []
     while True:
-        (row,) = scheduler.schedule().rows
+        (row,) = scheduler.schedule(8).rows
         spans.append((row.start, row.start + row.count))
         scheduler.computed(row)
         if row.samples:
@@ -90,32 +127,83 @@ def test_a_prompt_is_computed_in_chunks_that_keep_images_whole():
 
 
 def test_decode_goes_on_between_the_chunks_of_a_long_prompt():
-    scheduler = Scheduler(2, 4, 1)
+    scheduler = Scheduler(2, 1)
     scheduler.add(0, 1)
-    scheduler.computed(scheduler.schedule().rows[0])
+    run(scheduler, 1)
     scheduler.add(1, 40)
-    kinds = []
-    for _ in range(8):
-        step = scheduler.schedule()
-        kinds.append(step.kind)
-        for row in step.rows:
-            scheduler.computed(row)
-    assert kinds == ["decode", "prefill"] * 4
+    assert [kind for kind, _ in run(scheduler, 8)] == ["decode", "prefill"] * 4
 
 
-def test_the_queue_is_bounded_and_a_freed_slot_goes_to_the_oldest():
-    scheduler = Scheduler(1, 4, 2)
+def test_priority_goes_first_then_shorter_work_then_the_older():
+    scheduler = Scheduler(1, 9)
+    scheduler.add(0, 3, size=9)
+    scheduler.add(1, 3, size=5)
+    scheduler.add(2, 3, size=5)
+    scheduler.add(3, 3, size=99, priority=-1)
+    order = []
+    for _ in range(4):
+        scheduler.schedule(4)
+        order += scheduler.running
+        scheduler.remove(order[-1])
+    assert order == [3, 1, 2, 0]
+
+
+def test_a_stream_of_short_requests_cannot_starve_a_long_one():
+    scheduler = Scheduler(1, 100, max_overtakes=3)
+    scheduler.add(0, 3, size=1)
+    scheduler.schedule(4)
+    scheduler.add(1, 3, size=1000)
+    order = []
+    for new in range(2, 20):
+        scheduler.add(new, 3, size=1)
+        scheduler.remove(scheduler.running[0])
+        scheduler.schedule(4)
+        order += scheduler.running
+    assert order.index(1) == 3
+
+
+def test_endless_sequences_share_a_slot_by_being_set_aside():
+    scheduler = Scheduler(1, 9, quantum=5)
+    scheduler.add(0, 2)
+    scheduler.add(1, 2)
+    drew = [row for _, rows in run(scheduler, 60) for row in rows]
+    assert drew[:12] == [0] * 5 + [1] * 5 + [0] * 2
+    assert 20 < drew.count(0) < 40
+
+
+def test_an_urgent_request_sets_a_running_one_aside_at_once():
+    scheduler = Scheduler(1, 9, quantum=1000)
+    scheduler.add(0, 2, priority=1)
+    run(scheduler, 3)
+    scheduler.add(1, 2, priority=0)
+    step = scheduler.schedule(4)
+    assert [move.sequence_id for move in step.set_aside] == [0]
+    assert step.rows[0].sequence_id == 1
+
+
+def test_without_a_quantum_nobody_is_set_aside():
+    scheduler = Scheduler(1, 9)
+    scheduler.add(0, 2)
+    scheduler.add(1, 2, priority=-5)
+    run(scheduler, 1)
+    scheduler.add(2, 2, priority=-9)
+    assert {row for _, rows in run(scheduler, 50) for row in rows} == {1}
+
+
+def test_the_queue_is_bounded():
+    scheduler = Scheduler(1, 2)
     for sequence in range(3):
         assert scheduler.can_add()
         scheduler.add(sequence, 2)
-        scheduler.schedule()
+    assert not scheduler.can_add()
+    scheduler.schedule(4)
     assert not scheduler.can_add()
     scheduler.remove(0)
-    assert scheduler.schedule().rows[0].sequence_id == 1
+    assert scheduler.can_add()
 
 
 def test_adding_a_sequence_twice_or_without_tokens_is_refused():
-    scheduler = Scheduler(1, 4, 2)
+    scheduler = Scheduler(1, 2)
     scheduler.add(0, 2)
     with pytest.raises(ValueError, match="here already"):
         scheduler.add(0, 2)
