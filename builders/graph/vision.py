@@ -1,0 +1,133 @@
+"""The vision encoder: uint8 pixels to image embeddings (SigLIP tower, average pooling, projector).
+
+Input ``pixels`` [N, 3, H, W] uint8 RGB; output ``image_features`` [N, tokens_per_image, D] float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto
+
+from builders.checkpoint import Checkpoint, VisionConfig, concat_rows, map_rows, transpose
+from builders.graph.attention import encoder_attention
+from builders.graph.decoder import DEFAULT_ACCURACY_LEVEL
+from builders.graph.linear import Linears
+from builders.graph.writer import GraphWriter, Value
+from builders.quantize import Precision
+from builders.weights import WeightFile
+from python_backends.errors import BuildError
+
+MODEL_FILE = "vision_encoder.onnx"
+WEIGHT_FILE = "vision_encoder.weights"
+
+# What the Gemma-3 image processor does to a channel value: times 1/255 in float64, then, in float32, less the mean and
+# over the deviation.
+_RESCALE, _MEAN, _DEVIATION = 1 / 255, 0.5, 0.5
+
+
+def write_vision_encoder(
+    checkpoint: Checkpoint,
+    precision: Precision,
+    folder: Path,
+    progress: Callable[[int], None] | None = None,
+    *,
+    accuracy_level: int = DEFAULT_ACCURACY_LEVEL,
+) -> None:
+    """Write ``vision_encoder.onnx`` and ``vision_encoder.weights`` into ``folder``; arguments as `write_decoder`.
+
+    Raises:
+        BuildError: a text-only checkpoint, or one that cannot be read or converted.
+        OSError: the disk is full.
+    """
+    config = checkpoint.config.vision
+    if config is None:
+        raise BuildError(f"{checkpoint.folder} is a text-only model: it has no vision encoder")
+    with WeightFile(folder / WEIGHT_FILE, progress) as weights:
+        graph = GraphWriter(weights)
+        _VisionEncoder(graph, checkpoint, config, Linears(graph, precision, accuracy_level)).write()
+        graph.save(folder / MODEL_FILE)
+
+
+class _VisionEncoder:
+    def __init__(self, graph: GraphWriter, checkpoint: Checkpoint, config: VisionConfig, linears: Linears) -> None:
+        self._graph = graph
+        self._checkpoint = checkpoint
+        self._config = config
+        self._linears = linears
+        # [N, patches, -1], whatever N is.
+        self._sequences = graph.ints(-1, config.patches_per_side**2, config.hidden_size)
+        self._rows = graph.ints(-1, config.hidden_size)
+
+    def write(self) -> None:
+        graph, config = self._graph, self._config
+        graph.input("pixels", TensorProto.UINT8, ["N", 3, config.image_size, config.image_size])
+        stream = self._embed()
+        for layer in range(config.num_layers):
+            stream = self._layer(stream, f"vision.encoder.layers.{layer}.")
+        self._project(self._norm(stream, "vision.post_layernorm"))
+        hidden = self._checkpoint.config.text.hidden_size
+        graph.output("image_features", TensorProto.FLOAT, ["N", config.tokens_per_image, hidden])
+
+    def _embed(self) -> Value:
+        """[N·patches, C]: pixels normalised as the processor does, cut into patches, with positions added."""
+        graph, config, prefix = self._graph, self._config, "vision.embeddings."
+        x = graph.op("Mul", graph.cast("pixels", TensorProto.DOUBLE), graph.constant(_RESCALE, np.float64))
+        x = graph.cast(x, TensorProto.FLOAT)
+        x = graph.op("Sub", x, graph.constant(_MEAN, np.float32))
+        x = graph.op("Div", x, graph.constant(_DEVIATION, np.float32))
+        kernel, bias = (self._plain(f"{prefix}patch_embedding.{part}") for part in ("weight", "bias"))
+        x = graph.op("Conv", x, kernel, bias, strides=[config.patch_size] * 2)
+        x = graph.reshape(x, graph.ints(0, 0, -1))
+        x = graph.op("Transpose", x, perm=[0, 2, 1])
+        x = graph.op("Add", x, self._plain(f"{prefix}position_embedding.weight"))
+        return graph.reshape(x, self._rows)
+
+    def _layer(self, stream: Value, prefix: str) -> Value:
+        graph = self._graph
+        x = self._norm(stream, prefix + "layer_norm1")
+        packed = self._linear(x, prefix + "self_attn", "q_proj", "k_proj", "v_proj")
+        parts = graph.ops("Split", packed, outputs=3, axis=1, num_outputs=3)
+        x = encoder_attention(graph, *(graph.reshape(part, self._sequences) for part in parts), self._config.num_heads)
+        stream = graph.op("Add", stream, self._linear(graph.reshape(x, self._rows), prefix + "self_attn", "out_proj"))
+
+        x = self._linear(self._norm(stream, prefix + "layer_norm2"), prefix + "mlp", "fc1")
+        x = self._linear(graph.op("Gelu", x, approximate="tanh"), prefix + "mlp", "fc2")
+        return graph.op("Add", stream, x)
+
+    def _project(self, x: Value) -> None:
+        """Pool [N·patches, C] to one row per token, norm, and project to the decoder's width."""
+        graph, config = self._graph, self._config
+        side, pool = math.isqrt(config.tokens_per_image), config.pool_size
+        x = graph.reshape(x, graph.ints(-1, side, pool, side, pool, config.hidden_size))
+        x = graph.op("ReduceMean", x, graph.ints(2, 4), keepdims=0)
+        gamma = map_rows(self._checkpoint.tensor("projector.mm_soft_emb_norm.weight"), lambda w: 1 + w)
+        x = graph.op(
+            "RMSNormalization",
+            graph.reshape(x, self._rows),
+            graph.weight("projector.mm_soft_emb_norm.weight", gamma),
+            axis=-1,
+            epsilon=config.layer_norm_eps,
+        )
+        name = "projector.mm_input_projection_weight"
+        x = self._linears.apply(x, self._linears.store(transpose(self._checkpoint.tensor(name)), name))
+        shape = graph.ints(-1, config.tokens_per_image, self._checkpoint.config.text.hidden_size)
+        graph.op("Reshape", x, shape, outputs=["image_features"])
+
+    def _linear(self, x: Value, prefix: str, *names: str) -> Value:
+        weights, biases = (
+            [self._checkpoint.tensor(f"{prefix}.{name}.{part}") for name in names] for part in ("weight", "bias")
+        )
+        name = f"{prefix}.{'_'.join(names)}"
+        matrix = self._linears.store(concat_rows(weights), f"{name}.weight")
+        return self._linears.apply(x, matrix, self._graph.weight(f"{name}.bias", concat_rows(biases)))
+
+    def _norm(self, x: Value, name: str) -> Value:
+        scale, bias = (self._plain(f"{name}.{part}") for part in ("weight", "bias"))
+        return self._graph.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=self._config.layer_norm_eps)
+
+    def _plain(self, name: str) -> Value:
+        return self._graph.weight(name, self._checkpoint.tensor(name))
