@@ -1,0 +1,152 @@
+"""The model repository on disk: literal files, one folder per stage and build, a lock, and the manifest as commit."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from python_backends import contract
+from python_backends.errors import ArtifactError, BuildError
+from python_backends.manifest import MANIFEST_NAME, File, Manifest, Stage, edges_sha256, file_sha256, read
+
+LOCK_NAME = ".lock"
+TRACKED = Path(__file__).resolve().parents[1] / "model_repository"
+"""The project's own repository, whose config.pbtxt and model.py files are under version control."""
+
+_VERSION = "1"  # the folder of the one version Triton serves
+_BUILD_ID = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}")
+
+
+@contextlib.contextmanager
+def locked(repository: Path) -> Iterator[None]:
+    """Hold the repository's lock; it goes with the process, however that ends.
+
+    Raises:
+        BuildError: another build holds it, or the folder cannot be written.
+    """
+    try:
+        repository.mkdir(parents=True, exist_ok=True)
+        file = (repository / LOCK_NAME).open("a+", encoding="ascii")
+    except OSError as error:
+        raise BuildError(f"{repository} cannot be written: {error.strerror}; choose another --repository") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise BuildError(
+                f"another build (process {holder}) is writing {repository}; wait for it or choose another --repository"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def add_literal_files(repository: Path) -> None:
+    """Copy the config.pbtxt and model.py files that the repository lacks from the project's own; never overwrite one.
+
+    Raises:
+        BuildError: files are lacking and the project's are not there to copy.
+    """
+    if repository.resolve() == TRACKED:
+        return
+    for model in contract.MODELS:
+        source = TRACKED / model
+        if not (source / "config.pbtxt").is_file():
+            if (repository / model / "config.pbtxt").is_file():
+                continue
+            raise BuildError(
+                f"{repository / model} has no config.pbtxt and {source} has none to copy; "
+                "build from a checkout of the project, or copy its model_repository first"
+            )
+        for path in sorted(source.rglob("*")):
+            inner = path.relative_to(source)
+            target = repository / model / inner
+            outputs = any(part == "__pycache__" or _BUILD_ID.fullmatch(part) for part in inner.parts)
+            if path.is_file() and not outputs and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def new_build_id(identity: str) -> str:
+    """A name for one attempt to build: never used before, so that nothing of an earlier build is touched."""
+    return f"{identity[:12]}-{secrets.token_hex(4)}"
+
+
+def stage_folder(repository: Path, stage: str, build_id: str) -> Path:
+    """Create the folder that one build may fill for one stage."""
+    folder = repository / stage / _VERSION / build_id
+    folder.mkdir(parents=True)
+    return folder
+
+
+def describe_stages(repository: Path, build_id: str) -> dict[str, Stage]:
+    """Flush and hash every file of a build."""
+    stages = {}
+    for stage in contract.STAGES:
+        folder = repository / stage / _VERSION / build_id
+        if folder.is_dir():
+            files = tuple(_describe(path) for path in sorted(folder.iterdir()))
+            _sync(folder)
+            _sync(folder.parent)
+            stages[stage] = Stage(folder.relative_to(repository).as_posix(), files)
+    return stages
+
+
+def _describe(path: Path) -> File:
+    _sync(path)
+    return File(path.name, path.stat().st_size, file_sha256(path), edges_sha256(path))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def commit(manifest: Manifest) -> None:
+    """Make the build the repository's model: replace the manifest in one step that survives a power cut."""
+    path = manifest.repository / MANIFEST_NAME
+    draft = path.with_name(f"{MANIFEST_NAME}.{manifest.build_id}")
+    try:
+        draft.write_text(manifest.to_json(), encoding="utf-8")
+        _sync(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    _sync(manifest.repository)
+
+
+def discard(repository: Path, build_id: str) -> None:
+    """Remove what a build that failed has written."""
+    for stage in contract.STAGES:
+        shutil.rmtree(repository / stage / _VERSION / build_id, ignore_errors=True)
+
+
+def sweep(repository: Path) -> None:
+    """Remove folders and drafts of builds that the manifest does not name: older ones, and ones that were killed.
+
+    Nothing is removed while the manifest cannot be understood: it may be of a newer WiCore.
+    """
+    current = None
+    if (repository / MANIFEST_NAME).exists():
+        try:
+            current = read(repository).build_id
+        except ArtifactError:
+            return
+    for stage in contract.STAGES:
+        for folder in repository.glob(f"{stage}/{_VERSION}/*/"):
+            if _BUILD_ID.fullmatch(folder.name) and folder.name != current:
+                shutil.rmtree(folder, ignore_errors=True)
+    for draft in repository.glob(f"{MANIFEST_NAME}.*"):
+        draft.unlink(missing_ok=True)
