@@ -181,7 +181,9 @@ def _shapes(rng: random.Random, count: int, width: int, height: int) -> list[Sha
 
 def _canvas(rng: random.Random) -> tuple[int, int]:
     """Width and height in pixels: 128 … 512 along the shorter side's usual range, up to 8:5 wide or tall."""
-    side = rng.choice((128, 160, 192, 224, 256, 256, 256, 320, 384, 512)) if rng.random() < 0.5 else rng.randint(128, 320)
+    side = (
+        rng.choice((128, 160, 192, 224, 256, 256, 256, 320, 384, 512)) if rng.random() < 0.5 else rng.randint(128, 320)
+    )
     if rng.random() < 0.55:
         return side, side
     other = round(side * rng.uniform(1.0, 1.6))

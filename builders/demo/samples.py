@@ -17,8 +17,14 @@ from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset, get_worker_info
 
 from builders.demo.drawing import cell_labels, model_pixels, render
-from builders.demo.model import END_OF_IMAGE, END_OF_TURN, IMAGE_SIZE, IMAGE_SOFT_TOKEN, MM_TOKENS_PER_IMAGE
-from builders.demo.model import START_OF_TURN
+from builders.demo.model import (
+    END_OF_IMAGE,
+    END_OF_TURN,
+    IMAGE_SIZE,
+    IMAGE_SOFT_TOKEN,
+    MM_TOKENS_PER_IMAGE,
+    START_OF_TURN,
+)
 from builders.demo.questions import TRAINING, Conversation, Turn, conversation
 
 IGNORED = -100

@@ -52,9 +52,7 @@ def attention_masks(
     full = (document[:, :, None] == document[:, None, :]) & ((back >= 0) | same_image)
     blocked = torch.finfo(dtype).min
     masks = {"full_attention": full, "sliding_attention": full & (back < window)}
-    return {
-        kind: torch.where(mask[:, None], 0.0, blocked).to(dtype) for kind, mask in masks.items()
-    }
+    return {kind: torch.where(mask[:, None], 0.0, blocked).to(dtype) for kind, mask in masks.items()}
 
 
 @dataclass
