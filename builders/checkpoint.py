@@ -31,6 +31,7 @@ __all__ = [
     "VisionConfig",
     "canonical_name",
     "concat_rows",
+    "expected_shapes",
     "map_rows",
     "open_checkpoint",
     "row_chunks",
@@ -132,10 +133,8 @@ def canonical_name(name: str) -> str:
 
 
 def _select(found: dict[str, FileTensor], config: ModelConfig, folder: Path) -> dict[str, FileTensor]:
-    """The tensors the model has, all present and of the right shape; others (a classification head) are left out."""
-    expected = dict(_text_shapes(config.text))
-    if config.vision is not None:
-        expected.update(_vision_shapes(config.vision, config.text.hidden_size))
+    """The tensors the model has, all present and of the right shape; others (SigLIP's own head) are left out."""
+    expected = expected_shapes(config)
     missing = [name for name in expected if name not in found]
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -147,6 +146,14 @@ def _select(found: dict[str, FileTensor], config: ModelConfig, folder: Path) -> 
                 f"{list(shape)}; config.json and weights are of different models"
             )
     return {name: found[name] for name in expected}
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a model of that configuration, by canonical name, in the order of computation."""
+    expected = dict(_text_shapes(config.text))
+    if config.vision is not None:
+        expected.update(_vision_shapes(config.vision, config.text.hidden_size))
+    return expected
 
 
 def _text_shapes(text: TextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

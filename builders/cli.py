@@ -116,6 +116,7 @@ class Bars:
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
+            transient=True,
             console=Console(stderr=True),
         )
         self._task: TaskID | None = None
@@ -127,24 +128,18 @@ class Bars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._finish()
         self._progress.stop()
 
     def begin(self, step: str, num_bytes: int = 0) -> None:
         """A step begins."""
-        self._finish()
+        if self._task is not None:
+            self._progress.stop_task(self._task)
         self._task = self._progress.add_task(step, total=num_bytes or None)
 
     def read(self, num_bytes: int) -> None:
         """Weights have been read."""
         if self._task is not None:
             self._progress.advance(self._task, num_bytes)
-
-    def _finish(self) -> None:
-        if self._task is not None:
-            task = self._progress.tasks[self._task]
-            self._progress.update(self._task, total=max(task.completed, 1), completed=max(task.completed, 1))
 
 
 def _as_json(result: Result) -> str:
