@@ -165,15 +165,15 @@ def _randomize(model: PreTrainedModel, rng: np.random.Generator) -> None:
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         if name.endswith("embed_tokens.weight"):
-            # Unit rows after the normalizer, so that layers and not the last token decide what comes next.
-            values = rng.standard_normal(shape) / np.sqrt(shape[1])
+            # Small beside what the layers add: a tied head would otherwise repeat the last token for ever.
+            values = 0.1 * rng.standard_normal(shape) / np.sqrt(shape[1])
         elif "norm" in name and name.endswith("weight"):
             centre = 0.0 if "vision" not in name or "soft_emb" in name else 1.0
             values = centre + rng.uniform(-0.5, 0.5, shape)
             if name.endswith(("q_norm.weight", "k_norm.weight")):
                 values += 0.5  # sharper attention
             if name.endswith(("language_model.norm.weight", "model.norm.weight")):
-                values += 3.0  # peaked logits
+                values += 30.0  # peaked logits
         elif name.endswith("bias"):
             values = rng.normal(0, 0.1, shape)
         elif name.endswith("position_embedding.weight"):

@@ -31,9 +31,7 @@ class CacheNames:
     @staticmethod
     def of(layer: int) -> CacheNames:
         """The names of layer ``layer``."""
-        return CacheNames(
-            f"past_key.{layer}", f"past_value.{layer}", f"present_key.{layer}", f"present_value.{layer}"
-        )
+        return CacheNames(f"past_key.{layer}", f"past_value.{layer}", f"present_key.{layer}", f"present_value.{layer}")
 
 
 @dataclass(frozen=True)
@@ -123,15 +121,15 @@ class ContribAttention:
         )
         offsets = graph.op("Range", zero, graph.op("Squeeze", chunk), graph.constant(1, np.int32))
         is_valid = graph.op("Less", offsets, _column(graph, "query_len"))
-        past_rows, masks = {}, {}
+        past_rows: dict[str, Value] = {}
+        masks: dict[str, Value] = {}
         for kind in sorted(set(self._config.layer_types)):
             resident = self._resident(kind)
-            # Length of the longest past; zero is a legal slice.
             past_rows[kind] = graph.cast(graph.op("ReduceMax", resident, keepdims=1), TensorProto.INT64)
             (masks[kind],) = graph.branch(
                 any_image,
                 lambda branch, kind=kind, resident=resident: [  # type: ignore[misc]
-                    self._mask(branch, kind, resident, past_rows[kind], offsets, is_valid)
+                    self._mask(branch, kind, resident, offsets=offsets, is_valid=is_valid)
                 ],
                 lambda branch: [branch.constant(np.zeros((1, 1, 1, 1)), np.bool_)],
                 TensorProto.BOOL,
@@ -159,17 +157,10 @@ class ContribAttention:
         evicted = graph.op("Mul", graph.op("Max", steps, graph.constant(0, np.int32)), stride)
         return graph.op("Sub", "past_len", evicted)
 
-    def _mask(
-        self, graph: GraphWriter, kind: str, resident: Value, past_rows: Value, offsets: Value, is_valid: Value
-    ) -> Value:
+    def _mask(self, graph: GraphWriter, kind: str, resident: Value, *, offsets: Value, is_valid: Value) -> Value:
         """bool [B, 1, S, past + S]: (causal or same image) and, in local layers, within the window."""
-        past_len, zero = _column(graph, "past_len"), graph.constant(0, np.int32)
-        columns = graph.op(
-            "Range",
-            zero,
-            graph.cast(graph.op("Squeeze", past_rows), TensorProto.INT32),
-            graph.constant(1, np.int32),
-        )
+        past_len, zero, one = _column(graph, "past_len"), graph.constant(0, np.int32), graph.constant(1, np.int32)
+        columns = graph.op("Range", zero, graph.op("ReduceMax", resident, keepdims=0), one)
         past_valid = graph.op("Less", columns, _column(graph, resident))
         first_position = graph.op("Sub", past_len, _column(graph, resident))
         queries = graph.op("Add", past_len, offsets)  # absolute positions [B, S]
@@ -232,6 +223,6 @@ def _column(graph: GraphWriter, value: Value) -> Value:
     return graph.op("Unsqueeze", value, graph.ints(1))
 
 
-def encoder_attention(graph: GraphWriter, query: Value, key: Value, value: Value, num_heads: int) -> Value:
+def encoder_attention(graph: GraphWriter, num_heads: int, query: Value, key: Value, value: Value) -> Value:
     """Attention of an encoder, all [N, L, C] float32; tiled, so that no [L, L] matrix is held."""
     return graph.op("MultiHeadAttention", query, key, value, domain=CONTRIB, num_heads=num_heads)

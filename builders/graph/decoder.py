@@ -59,21 +59,21 @@ class _Decoder:
         self._images = checkpoint.config.vision is not None
         self._linears = Linears(graph, precision, accuracy_level)
         self._cache_dtype = TensorProto.FLOAT16 if precision.name == "fp16" else TensorProto.FLOAT
+        shape = graph.op("Shape", "input_ids")
+        self._by_row = graph.op("Concat", shape, graph.ints(-1), axis=0)
+        self._by_head = graph.op("Concat", shape, graph.ints(-1, self._text.head_dim), axis=0)
 
     def write(self) -> None:
         graph, text = self._graph, self._text
         self._declare_inputs()
         attention = ContribAttention(graph, text, images=self._images, cache_dtype=self._cache_dtype)
         rotations = {kind: _rotation(graph, text, kind) for kind in sorted(set(text.layer_types))}
-        shape = graph.op("Shape", "input_ids")
-        heads = graph.op("Concat", shape, graph.ints(-1, text.head_dim), axis=0)
-        joined = graph.op("Concat", shape, graph.ints(-1), axis=0)
-
         embedding = self._linears.store(self._checkpoint.tensor("embed_tokens.weight"), "embed_tokens.weight")
         stream = self._embed(embedding)
-        for layer in range(text.num_layers):
-            stream = self._layer(stream, layer, attention, rotations[text.layer_types[layer]], heads, joined)
-        self._head(stream, embedding, joined)
+        for layer, kind in enumerate(text.layer_types):
+            stream = self._attend(stream, layer, attention, rotations[kind])
+            stream = self._feed_forward(stream, layer)
+        self._head(stream, embedding)
 
     def _declare_inputs(self) -> None:
         graph, text = self._graph, self._text
@@ -101,49 +101,32 @@ class _Decoder:
         features = graph.op("Gather", "image_features", graph.op("Max", index, zero), axis=0)
         return graph.op("Where", graph.op("Unsqueeze", is_image, graph.ints(1)), features, text)
 
-    def _layer(
-        self,
-        stream: Value,
-        layer: int,
-        attention: ContribAttention,
-        rotation: tuple[Value, Value],
-        heads: Value,
-        joined: Value,
-    ) -> Value:
+    def _attend(self, stream: Value, layer: int, attention: ContribAttention, rotation: tuple[Value, Value]) -> Value:
         graph, text, prefix = self._graph, self._text, f"layers.{layer}."
         x = self._norm(stream, prefix + "input_layernorm")
-        packed = graph.reshape(self._linear(x, prefix + "self_attn", "q_proj", "k_proj", "v_proj"), joined)
+        packed = graph.reshape(self._linear(x, prefix + "self_attn", "q_proj", "k_proj", "v_proj"), self._by_row)
         widths = (text.num_heads * text.head_dim, *[text.num_kv_heads * text.head_dim] * 2)
         query, key, value = graph.ops("Split", packed, graph.ints(*widths), outputs=3, axis=2)
         # The score's scale rides on the query norm's weight.
-        scale = text.query_pre_attn_scalar**-0.5
-        query = self._rotated(query, prefix + "self_attn.q_norm", text.num_heads, scale, rotation, heads, joined)
-        key = self._rotated(key, prefix + "self_attn.k_norm", text.num_kv_heads, 1.0, rotation, heads, joined)
-        x = attention.apply(query, key, value, layer)
-        x = self._linear(graph.reshape(x, graph.ints(-1, widths[0])), prefix + "self_attn", "o_proj")
-        stream = graph.op("Add", stream, self._norm(x, prefix + "post_attention_layernorm"))
+        query = self._headwise_norm(query, prefix + "self_attn.q_norm", text.query_pre_attn_scalar**-0.5)
+        key = self._headwise_norm(key, prefix + "self_attn.k_norm")
+        query = graph.op("RotaryEmbedding", query, *rotation, num_heads=text.num_heads)
+        key = graph.op("RotaryEmbedding", key, *rotation, num_heads=text.num_kv_heads)
+        x = graph.reshape(attention.apply(query, key, value, layer), graph.ints(-1, widths[0]))
+        x = self._norm(self._linear(x, prefix + "self_attn", "o_proj"), prefix + "post_attention_layernorm")
+        return graph.op("Add", stream, x)
 
+    def _feed_forward(self, stream: Value, layer: int) -> Value:
+        graph, prefix = self._graph, f"layers.{layer}."
         x = self._norm(stream, prefix + "pre_feedforward_layernorm")
-        gate, up = graph.ops(
-            "Split", self._linear(x, prefix + "mlp", "gate_proj", "up_proj"), outputs=2, axis=1, num_outputs=2
-        )
-        x = graph.op("Mul", graph.op("Gelu", gate, approximate="tanh"), up)
-        x = self._linear(x, prefix + "mlp", "down_proj")
+        packed = self._linear(x, prefix + "mlp", "gate_proj", "up_proj")
+        gate, up = graph.ops("Split", packed, outputs=2, axis=1, num_outputs=2)
+        x = self._linear(graph.op("Mul", graph.op("Gelu", gate, approximate="tanh"), up), prefix + "mlp", "down_proj")
         return graph.op("Add", stream, self._norm(x, prefix + "post_feedforward_layernorm"))
 
-    def _rotated(
-        self,
-        x: Value,
-        norm: str,
-        num_heads: int,
-        scale: float,
-        rotation: tuple[Value, Value],
-        heads: Value,
-        joined: Value,
-    ) -> Value:
-        """[B, S, num_heads·head_dim] normed per head, scaled, and turned to its position."""
-        x = self._norm(self._graph.reshape(x, heads), norm, scale)
-        return self._graph.op("RotaryEmbedding", self._graph.reshape(x, joined), *rotation, num_heads=num_heads)
+    def _headwise_norm(self, x: Value, name: str, scale: float = 1.0) -> Value:
+        """[B, S, heads·head_dim] with every head normed on its own."""
+        return self._graph.reshape(self._norm(self._graph.reshape(x, self._by_head), name, scale), self._by_row)
 
     def _linear(self, x: Value, prefix: str, *names: str) -> Value:
         """One product for projections that share their input."""
@@ -157,11 +140,11 @@ class _Decoder:
         gamma = self._graph.weight(f"{name}.weight", weight)
         return self._graph.op("RMSNormalization", x, gamma, axis=-1, epsilon=self._text.rms_norm_eps)
 
-    def _head(self, stream: Value, embedding: Matrix, joined: Value) -> None:
+    def _head(self, stream: Value, embedding: Matrix) -> None:
         """Logits of the rows asked for, and the tokens drawn from them."""
         graph, text = self._graph, self._text
         rows = graph.op("Unsqueeze", graph.cast("logit_positions", TensorProto.INT64), graph.ints(2))
-        wanted = graph.op("GatherND", graph.reshape(stream, joined), rows, batch_dims=1)
+        wanted = graph.op("GatherND", graph.reshape(stream, self._by_row), rows, batch_dims=1)
         x = self._norm(graph.reshape(wanted, graph.ints(-1, text.hidden_size)), "norm")
         head = embedding
         if not text.tie_embeddings:

@@ -91,7 +91,7 @@ class _VisionEncoder:
         x = self._norm(stream, prefix + "layer_norm1")
         packed = self._linear(x, prefix + "self_attn", "q_proj", "k_proj", "v_proj")
         parts = graph.ops("Split", packed, outputs=3, axis=1, num_outputs=3)
-        x = encoder_attention(graph, *(graph.reshape(part, self._sequences) for part in parts), self._config.num_heads)
+        x = encoder_attention(graph, self._config.num_heads, *(graph.reshape(part, self._sequences) for part in parts))
         stream = graph.op("Add", stream, self._linear(graph.reshape(x, self._rows), prefix + "self_attn", "out_proj"))
 
         x = self._linear(self._norm(stream, prefix + "layer_norm2"), prefix + "mlp", "fc1")

@@ -87,9 +87,7 @@ class GraphWriter:
 
     # --- nodes ------------------------------------------------------------------------------------------------
 
-    def op(
-        self, kind: str, *inputs: Value, domain: str = "", outputs: Sequence[str] = (), **attributes: Any
-    ) -> Value:
+    def op(self, kind: str, *inputs: Value, domain: str = "", outputs: Sequence[str] = (), **attributes: Any) -> Value:
         """Append a node with one output and return it. An input "" is an optional one left out."""
         return self.ops(kind, *inputs, domain=domain, outputs=outputs or [self.fresh(kind)], **attributes)[0]
 
@@ -144,4 +142,3 @@ class GraphWriter:
 
     def _graph(self, name: str) -> onnx.GraphProto:
         return helper.make_graph(self._nodes, name, self._inputs, self._outputs, self._initializers)
-

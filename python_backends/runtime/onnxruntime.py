@@ -1,0 +1,282 @@
+"""ONNX Runtime on the CPU: KV caches are ours, and every step appends to them in place.
+
+The graphs are those of `builders.graph`. A step binds inputs, caches and outputs by address, so nothing but the small
+inputs is written and no cache is ever copied.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import psutil
+from numpy.typing import NDArray
+
+from python_backends.errors import ArtifactError, InternalError
+from python_backends.manifest import ModelShape
+from python_backends.runtime.base import DecoderSpec, Float32, StepInputs, StepOutputs, UInt8
+from python_backends.runtime.memory import SlotPlan, lazy_zeros, plan_slots
+
+DECODER_FILE = "decoder.onnx"
+VISION_FILE = "vision_encoder.onnx"
+
+_DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+_MAX_BINDINGS = 64
+
+_log = logging.getLogger(__name__)
+
+
+class OnnxRuntimeDecoder:
+    """`DecoderRuntime` over the decoder graph. Not thread-safe.
+
+    Args:
+        folder: holds ``decoder.onnx`` and its weights.
+        model: sizes from the manifest.
+        num_slots: slots wanted; clipped to the memory limit.
+        max_context_length: tokens wanted per slot; clipped to the model's limit and the memory limit.
+        memory_limit: bytes for KV caches.
+        num_threads: compute threads; 0 takes every physical core.
+
+    Raises:
+        ArtifactError: the graph is missing, corrupt or of another model.
+        ConfigError: the memory limit is too small for one short slot.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelShape,
+        *,
+        num_slots: int,
+        max_context_length: int,
+        memory_limit: int,
+        num_threads: int = 0,
+    ) -> None:
+        self._session = _open(folder / DECODER_FILE, num_threads)
+        types = {item.name: item.type for item in self._session.get_inputs()}
+        try:
+            dtype = _DTYPES[types["past_key.0"]]
+        except KeyError as error:
+            raise ArtifactError(_rebuild(folder / DECODER_FILE, "it is no decoder of this version")) from error
+        plan = plan_slots(model, num_slots, max_context_length, memory_limit, dtype.itemsize)
+        self._model = model
+        self._takes_images = "image_index" in types
+        self._caches = _make_caches(model, plan, dtype)
+        self._bindings: dict[tuple[int, int, bool], Any] = {}
+        image = model.image
+        self._spec = DecoderSpec(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            num_slots=plan.num_slots,
+            max_context_length=plan.context_length,
+            image_token_id=image.image_token_id if image else None,
+            tokens_per_image=image.tokens_per_image if image else 0,
+            eos_token_ids=model.eos_token_ids,
+        )
+        _log.info(
+            "decoder: %d slots of %d tokens, %.2f GB when full",
+            plan.num_slots,
+            plan.context_length,
+            plan.num_bytes / 1e9,
+        )
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """Sizes after clipping."""
+        return self._spec
+
+    def step(self, inputs: StepInputs, *, want_logits: bool = False) -> StepOutputs:
+        """See `DecoderRuntime.step`.
+
+        Raises:
+            InternalError: rows or tokens beyond the caches, images in a text-only model, or a failure of the backend.
+        """
+        self._check(inputs)
+        rows, length = inputs.input_ids.shape
+        # The operator wants room for the padding too (an idle row counts as one of past length 1). Near the end of a
+        # context rows go one by one, unpadded.
+        past = np.where(inputs.query_len > 0, inputs.past_len, 1)
+        if int(past.max()) + length > self._spec.max_context_length:
+            return _joined([self._run(_row(inputs, row), want_logits) for row in range(rows)])
+        return self._run(inputs, want_logits)
+
+    def close(self) -> None:
+        """Free caches and session."""
+        self._bindings.clear()
+        self._caches.clear()
+        del self._session
+
+    def _check(self, inputs: StepInputs) -> None:
+        rows, length = inputs.input_ids.shape
+        last = inputs.first_slot + rows
+        if not (0 <= inputs.first_slot < last <= self._spec.num_slots):
+            raise InternalError(f"slots {inputs.first_slot}…{last - 1} of {self._spec.num_slots}")
+        if bool((inputs.query_len > length).any() or (inputs.query_len < 0).any() or (inputs.past_len < 0).any()):
+            raise InternalError(f"query_len {inputs.query_len.tolist()} in a chunk of {length} tokens")
+        if int((inputs.past_len + inputs.query_len).max()) > self._spec.max_context_length:
+            raise InternalError(f"a step beyond the context of {self._spec.max_context_length} tokens")
+        if inputs.image_index is not None and not self._takes_images:
+            raise InternalError("image embeddings for a text-only decoder")
+
+    def _run(self, inputs: StepInputs, want_logits: bool) -> StepOutputs:
+        rows, wanted = inputs.logit_positions.shape
+        binding = self._binding(inputs.first_slot, rows, want_logits)
+        arrays = self._feeds(inputs)  # referenced until the run is over: the binding holds addresses only
+        for name, array in arrays.items():
+            _bind(binding.bind_input, name, array)
+        outputs = StepOutputs(np.empty((rows, wanted), np.int32), np.empty((rows, wanted), np.float32))
+        if want_logits:
+            outputs.logits = np.empty((rows, wanted, self._spec.vocab_size), np.float32)
+            _bind(binding.bind_output, "logits", outputs.logits)
+        _bind(binding.bind_output, "next_token", outputs.next_token)
+        _bind(binding.bind_output, "logprob", outputs.logprob)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # the module's exceptions share no base class of their own
+            raise InternalError(f"decoder step failed: {error}") from error
+        return outputs
+
+    def _feeds(self, inputs: StepInputs) -> dict[str, NDArray[Any]]:
+        feeds: dict[str, NDArray[Any]] = {
+            name: np.ascontiguousarray(getattr(inputs, name), np.int32)
+            for name in ("input_ids", "past_len", "query_len", "logit_positions", "top_k")
+        }
+        for name in ("temperature", "top_p", "min_p", "uniform"):
+            feeds[name] = np.ascontiguousarray(getattr(inputs, name), np.float32)
+        if self._takes_images:
+            text = np.full(inputs.input_ids.shape, -1, np.int32)
+            features, index, group = inputs.image_features, inputs.image_index, inputs.image_group
+            none = features is None or len(features) == 0
+            feeds["image_features"] = (
+                np.zeros((1, self._spec.hidden_size), np.float32)
+                if none
+                else np.ascontiguousarray(features, np.float32)
+            )
+            feeds["image_index"] = text if index is None else np.ascontiguousarray(index, np.int32)
+            feeds["image_group"] = text if group is None else np.ascontiguousarray(group, np.int32)
+        return feeds
+
+    def _binding(self, first_slot: int, rows: int, want_logits: bool) -> Any:
+        """A binding whose cache inputs and outputs are the same addresses: rows first_slot … of our buffers."""
+        key = (first_slot, rows, want_logits)
+        if key not in self._bindings:
+            if len(self._bindings) >= _MAX_BINDINGS:
+                del self._bindings[next(iter(self._bindings))]
+            binding = self._session.io_binding()
+            for name, cache in self._caches.items():
+                part = cache[first_slot : first_slot + rows]
+                _bind(binding.bind_input, f"past_{name}", part)
+                _bind(binding.bind_output, f"present_{name}", part)
+            self._bindings[key] = binding
+        return self._bindings[key]
+
+
+class OnnxRuntimeVision:
+    """`VisionRuntime` over the vision graph. Not thread-safe.
+
+    Raises:
+        ArtifactError: the graph is missing or corrupt.
+    """
+
+    def __init__(self, folder: Path, *, num_threads: int = 0) -> None:
+        self._session = _open(folder / VISION_FILE, num_threads)
+        _, channels, height, width = self._session.get_inputs()[0].shape
+        _, self._tokens, self._hidden = self._session.get_outputs()[0].shape
+        self._image_shape = (int(channels), int(height), int(width))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, H, W)."""
+        return self._image_shape
+
+    def encode(self, pixels: UInt8) -> Float32:
+        """[N, 3, H, W] uint8 RGB → [N, tokens_per_image, D] float32.
+
+        Images are encoded one at a time: an image fills the cores, and memory does not grow with N.
+
+        Raises:
+            InternalError: another shape, or a failure of the backend.
+        """
+        if pixels.shape[1:] != self._image_shape or pixels.dtype != np.uint8:
+            raise InternalError(f"pixels {pixels.dtype}{list(pixels.shape)}; wanted uint8 [N, {self._image_shape}]")
+        features = np.empty((len(pixels), self._tokens, self._hidden), np.float32)
+        for image, out in zip(pixels, features, strict=True):
+            try:
+                (encoded,) = self._session.run(["image_features"], {"pixels": image[None]})
+            except Exception as error:  # the module's exceptions share no base class of their own
+                raise InternalError(f"vision encoder failed: {error}") from error
+            out[...] = encoded[0]
+        return features
+
+    def close(self) -> None:
+        """Free the session."""
+        del self._session
+
+
+def _open(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads or psutil.cpu_count(logical=False) or 1
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    options.enable_mem_pattern = False  # a pattern is kept for every shape seen, and chunk shapes are many
+    if not path.is_file():
+        raise ArtifactError(_rebuild(path, "it is missing"))
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the module's exceptions share no base class of their own
+        raise ArtifactError(_rebuild(path, f"it cannot be loaded ({error})")) from error
+
+
+def _rebuild(path: Path, what: str) -> str:
+    return f"{path}: {what}; rebuild the model repository with `wicore build CHECKPOINT --force`"
+
+
+def _make_caches(model: ModelShape, plan: SlotPlan, dtype: np.dtype[Any]) -> dict[str, NDArray[Any]]:
+    """By "key.i" and "value.i": [num_slots, kv_heads, capacity, head_dim]."""
+    caches = {}
+    for layer, kind in enumerate(model.layer_types):
+        capacity = plan.window_capacity if kind == "local" else plan.context_length
+        shape = (plan.num_slots, model.num_kv_heads, capacity, model.head_dim)
+        for part in ("key", "value"):
+            caches[f"{part}.{layer}"] = lazy_zeros(shape, dtype)
+    return caches
+
+
+def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
+    bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+def _row(inputs: StepInputs, row: int) -> StepInputs:
+    """One row of a step, its chunk cut to its valid tokens."""
+    part = slice(row, row + 1)
+    length = max(1, int(inputs.query_len[row]))
+    tokens = part, slice(length)
+    return StepInputs(
+        first_slot=inputs.first_slot + row,
+        input_ids=inputs.input_ids[tokens],
+        past_len=inputs.past_len[part],
+        query_len=inputs.query_len[part],
+        logit_positions=np.minimum(inputs.logit_positions[part], length - 1),
+        temperature=inputs.temperature[part],
+        top_k=inputs.top_k[part],
+        top_p=inputs.top_p[part],
+        min_p=inputs.min_p[part],
+        uniform=inputs.uniform[part],
+        image_features=inputs.image_features,
+        image_index=None if inputs.image_index is None else inputs.image_index[tokens],
+        image_group=None if inputs.image_group is None else inputs.image_group[tokens],
+    )
+
+
+def _joined(rows: Sequence[StepOutputs]) -> StepOutputs:
+    logits = [row.logits for row in rows if row.logits is not None]
+    return StepOutputs(
+        np.concatenate([row.next_token for row in rows]),
+        np.concatenate([row.logprob for row in rows]),
+        np.concatenate(logits) if logits else None,
+    )
