@@ -1,4 +1,4 @@
-"""What the user sends → one prompt text through the checkpoint's own chat template, and its pictures in prompt order.
+"""What the user sends → messages as the chat template takes them, and the pictures in prompt order.
 
 Three forms arrive: `text_input` (one user turn), `text_input` that already holds turns (taken as it is), and
 `messages`, the OpenAI list. Pictures come inside messages (``image_url`` parts) or beside them in the `image` tensor,
@@ -11,14 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from python_backends.errors import (
-    ArtifactError,
     EmptyPromptError,
     ImageCountError,
     InvalidMessagesError,
@@ -207,51 +202,3 @@ def _for_template(messages: Sequence[Message]) -> list[Message]:
         }
         for message in messages
     ]
-
-
-class ChatTemplate:
-    """The checkpoint's own template, rendered by transformers' sandbox (which imports no deep-learning framework)."""
-
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        self._source = source
-        self._special_tokens = special_tokens
-
-    def render(self, messages: list[Message]) -> str:
-        """The prompt's text, up to the turn that the model is to write.
-
-        Raises:
-            InvalidMessagesError: a conversation that the template refuses, such as roles that do not alternate.
-        """
-        try:
-            rendered, _ = render_jinja_template(
-                [messages], chat_template=self._source, add_generation_prompt=True, **self._special_tokens
-            )
-        except jinja2.exceptions.TemplateError as error:
-            raise InvalidMessagesError(str(error)) from error
-        return str(rendered[0])
-
-
-def load_template(folder: Path, special_tokens: dict[str, str]) -> ChatTemplate | None:
-    """The template among a checkpoint's tokenizer files; None for a base model that has none.
-
-    Looks where transformers looks, newest form first: ``chat_template.jinja``, ``chat_template.json`` (a processor's),
-    the key ``chat_template`` of ``tokenizer_config.json``.
-
-    Raises:
-        ArtifactError: a template that cannot be read.
-    """
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return ChatTemplate(path.read_text(encoding="utf-8"), special_tokens)
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        path = folder / name
-        if not path.exists():
-            continue
-        source = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-        if isinstance(source, list):  # several, by name
-            source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
-        if source is not None:
-            if not isinstance(source, str):
-                raise ArtifactError(f"{path}: chat_template is not a text; run `wicore build` again")
-            return ChatTemplate(source, special_tokens)
-    return None

@@ -18,7 +18,7 @@ MODEL = contract.MODELS[contract.IMAGE_PROCESSOR]
 MAX_THREADS = 4
 """Pictures decoded at once: each may hold several bytes for each of its pixels, so this bounds memory too."""
 MAX_REQUESTS = 64
-"""Requests of one Triton batch; a thread for each, which only waits for its pictures."""
+"""Requests with pictures that are worked on at once; their threads only wait for the decoders."""
 
 
 class ImageProcessor:
@@ -80,10 +80,13 @@ class TritonPythonModel:
         self._processor = open_processor(triton_io.repository(args))
         self._requests = ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="wicore-request")
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer the requests of Triton's batch beside one another."""
-        answers = self._requests.map(lambda request: triton_io.answer_each([request], MODEL, self._answer), requests)
-        return [response for responses in answers for response in responses]
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Answer prompts without images at once, the others from threads as their images become ready."""
+        for request in requests:
+            if triton_io.rows(request, contract.IMAGE_BYTES.name).size:
+                self._requests.submit(triton_io.send_answer, request, MODEL, self._answer)
+            else:
+                triton_io.send_answer(request, MODEL, self._answer)
 
     def finalize(self) -> None:
         """End the threads."""

@@ -1,14 +1,16 @@
 """First stage: what the user sends → token ids, the places of the pictures' soft tokens, and the encoded pictures.
 
 To the token what transformers' `Gemma3Processor` makes of the same conversation, from the same tokenizer file and
-template. It uses the libraries beneath transformers: importing `AutoTokenizer` costs 1.7 s and 260 MB where PyTorch is
-installed, these 0.5 s and 65 MB.
+template. It uses the libraries beneath transformers: `AutoTokenizer` costs 1.7 s and 260 MB where PyTorch is installed,
+these 0.1 s and 35 MB.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from python_backends import chat, config, contract, manifest, triton_io
+from python_backends.chat_template import load_template
 from python_backends.errors import (
     ArtifactError,
     ContextLengthError,
@@ -33,6 +36,9 @@ from python_backends.pixels import ImageLimits, PanAndScan, allow_pixels, encode
 MODEL = contract.MODELS[contract.TOKENIZER]
 
 Int32 = NDArray[np.int32]
+
+THREADS = 8
+"""Requests tokenized at once."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         tokens = {"bos_token": "<bos>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
         tokens |= _special_tokens(config)
-        self._template = chat.load_template(folder, tokens)
+        self._template = load_template(folder, tokens)
         self._bos = tokens["bos_token"]
         self._bos_id = self._id(self._bos, folder)
         self._image_token = tokens["image_token"]
@@ -163,7 +169,9 @@ class PromptTokenizer:
             raise InvalidTextError(f"the text holds a lone surrogate (character {error.start})") from error
         # No token covers more characters than the longest piece, so this many are certain without tokenizing.
         self._check_length(len(text) // self._longest_piece, f"at least ({size:,} bytes of text) ")
-        ids = np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        # Of the library's calls the batch ones let go of the interpreter lock, and the fast one skips the offsets.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.int32)
         if not len(ids) or ids[0] != self._bos_id:
             ids = np.insert(ids, 0, self._bos_id)
         self._check_length(len(ids), "")
@@ -229,11 +237,18 @@ class TritonPythonModel:
             ArtifactError, ConfigError: with what to do; Triton shows it as the reason the model did not load.
         """
         triton_io.start_logging(contract.TOKENIZER)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's own threads; each request has one of ours
         self._tokenizer = open_tokenizer(triton_io.repository(args))
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="wicore-tokenize")
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer each request of Triton's batch."""
-        return triton_io.answer_each(requests, MODEL, self._answer)
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Answer each request from a thread: a long prompt takes 100 ms, and short ones do not wait for it."""
+        for request in requests:
+            self._threads.submit(triton_io.send_answer, request, MODEL, self._answer)
+
+    def finalize(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _answer(self, request: Any) -> dict[str, triton_io.Value]:
         triton_io.refuse_unimplemented(request, MODEL)

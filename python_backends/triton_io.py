@@ -134,3 +134,13 @@ def answer_each(requests: Sequence[Any], model: Model, fn: Callable[[Any], Mappi
         except Exception as error:
             responses.append(refuse(error))
     return responses
+
+
+def send_answer(request: Any, model: Model, fn: Callable[[Any], Mapping[str, Value]]) -> None:
+    """As `answer_each`, for one request, from any thread and whenever it is ready.
+
+    The model's ``execute`` then returns None. It need not be decoupled for that (Triton 24.06 and later), and within an
+    ensemble it must not be: no step may take inputs of different decoupled models, nor of one and the client's.
+    """
+    response = answer_each([request], model, fn)[0]
+    request.get_response_sender().send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
