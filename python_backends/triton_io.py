@@ -139,7 +139,7 @@ def answer_each(requests: Sequence[Any], model: Model, fn: Callable[[Any], Mappi
 def send_answer(request: Any, model: Model, fn: Callable[[Any], Mapping[str, Value]]) -> None:
     """As `answer_each`, for one request, from any thread and whenever it is ready.
 
-    The model's ``execute`` then returns None. It need not be decoupled for that (Triton 24.06 and later), and within an
+    The model's ``execute`` then returns None. It need not be decoupled for that (tritonserver 2.51), and within an
     ensemble it must not be: no step may take inputs of different decoupled models, nor of one and the client's.
     """
     response = answer_each([request], model, fn)[0]
