@@ -186,9 +186,6 @@ def _text_config(text: Gemma3TextConfig, tied: bool, eos: tuple[int, ...], path:
     theta_local, local_factor = _rope(text.rope_parameters, "sliding_attention", path)
     if local_factor != 1.0:
         raise BuildError(f"{path}: local layers with a RoPE scaling factor of {local_factor} are not supported")
-    head_dim = _size(text.head_dim, "head_dim", path)
-    if head_dim % 2:
-        raise BuildError(f"{path}: head_dim {head_dim} is odd; rotary embeddings need pairs")
     return TextConfig(
         vocab_size=_size(text.vocab_size, "vocab_size", path),
         hidden_size=_size(text.hidden_size, "hidden_size", path),
@@ -196,7 +193,7 @@ def _text_config(text: Gemma3TextConfig, tied: bool, eos: tuple[int, ...], path:
         intermediate_size=_size(text.intermediate_size, "intermediate_size", path),
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=head_dim,
+        head_dim=_size(text.head_dim, "head_dim", path),
         sliding_window=_size(text.sliding_window, "sliding_window", path),
         layer_types=tuple(_LAYER_TYPES[name] for name in text.layer_types),
         rope_theta_global=theta_global,
