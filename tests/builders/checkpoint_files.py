@@ -22,9 +22,7 @@ DTYPES: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": 
 def complete(folder: Path, family: str) -> Path:
     """A copy of the random checkpoint of ``family`` with tokenizer and processor files beside the weights."""
     shutil.copytree(tiny(family), folder)
-    words = {f"word{index}": index for index in range(VOCAB)}
-    Tokenizer(WordLevel(words, unk_token="word3")).save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"bos_token": "word2", "eos_token": "word1"})
+    add_tokenizer(folder)
     vision = FAMILIES[family].vision
     if vision is not None:
         size = {"height": vision["image_size"], "width": vision["image_size"]}
@@ -32,6 +30,12 @@ def complete(folder: Path, family: str) -> Path:
         tokens = FAMILIES[family].tokens_per_image
         write_json(folder / "processor_config.json", {"image_seq_length": tokens})
     return folder
+
+
+def add_tokenizer(folder: Path) -> None:
+    words = {f"word{index}": index for index in range(VOCAB)}
+    Tokenizer(WordLevel(words, unk_token="word3")).save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"bos_token": "word2", "eos_token": "word1"})
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
