@@ -52,10 +52,11 @@ def array(request: Any, name: str) -> NDArray[Any] | None:
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
         return None
-    values = tensor.as_numpy()
+    values: NDArray[Any] = tensor.as_numpy()
     if values.shape[0] != 1:
         raise InvalidParameterError(f"{name} has a batch of {values.shape[0]}; send one prompt per request")
-    return values[0]
+    row: NDArray[Any] = values[0]
+    return row
 
 
 def rows(request: Any, name: str) -> NDArray[Any]:

@@ -58,7 +58,8 @@ class _Decoder:
         self._text = checkpoint.config.text
         self._images = checkpoint.config.vision is not None
         self._linears = Linears(graph, precision, accuracy_level)
-        self._cache_dtype = TensorProto.FLOAT16 if precision.name == "fp16" else TensorProto.FLOAT
+        # Half the memory at the same speed; the rounding is far below that of the weights.
+        self._cache_dtype = TensorProto.FLOAT if precision.name == "fp32" else TensorProto.FLOAT16
         shape = graph.op("Shape", "input_ids")
         self._by_row = graph.op("Concat", shape, graph.ints(-1), axis=0)
         self._by_head = graph.op("Concat", shape, graph.ints(-1, self._text.head_dim), axis=0)

@@ -5,6 +5,7 @@ Input ``pixels`` [N, 3, H, W] uint8 RGB; output ``image_features`` [N, tokens_pe
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,9 @@ def write_vision_encoder(
 ) -> None:
     """Write ``vision_encoder.onnx`` and ``vision_encoder.weights`` into ``folder``; arguments as `write_decoder`.
 
+    With int4 the tower's weights are int8: it is a tenth of the model at most, and four bits there turn the image
+    embeddings by nine degrees (cosine 0.988 on random towers; 0.9999 with eight bits).
+
     Raises:
         BuildError: a text-only checkpoint, or one that cannot be read or converted.
         OSError: the disk is full.
@@ -46,6 +50,8 @@ def write_vision_encoder(
     config = checkpoint.config.vision
     if config is None:
         raise BuildError(f"{checkpoint.folder} is a text-only model: it has no vision encoder")
+    if precision.name == "int4":
+        precision = dataclasses.replace(precision, name="int8")
     with WeightFile(folder / WEIGHT_FILE, progress) as weights:
         graph = GraphWriter(weights)
         _VisionEncoder(graph, checkpoint, config, Linears(graph, precision, accuracy_level)).write()

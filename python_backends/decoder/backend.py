@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,7 @@ class TritonPythonModel:
         """Hand each request to the engine, or to a thread that has its images encoded first."""
         for request in requests:
             answer = Answer(request)
-            answer.guard(lambda request=request, answer=answer: self._start(request, answer))
+            answer.guard(functools.partial(self._start, request, answer))
 
     def finalize(self) -> None:
         """End every request and free the runtime."""
@@ -67,7 +68,7 @@ class TritonPythonModel:
         if pixels is None or not len(pixels):
             self._engine.submit(ready)
             return
-        self._image_requests.submit(answer.guard, lambda: self._submit_with_images(ready, pixels))
+        self._image_requests.submit(answer.guard, functools.partial(self._submit_with_images, ready, pixels))
 
     def _submit_with_images(self, request: Request, pixels: NDArray[np.uint8]) -> None:
         features = list(self._encoders.map(_encode, pixels))
@@ -198,5 +199,5 @@ def _encode(image: NDArray[np.uint8]) -> Float32:
     if response.has_error():
         text = response.error().message()
         raise from_message(text) or InternalError(f"the vision encoder failed: {text}")
-    features = pb_utils.get_output_tensor_by_name(response, contract.IMAGE_FEATURES.name).as_numpy()
+    features: Float32 = pb_utils.get_output_tensor_by_name(response, contract.IMAGE_FEATURES.name).as_numpy()
     return features.reshape(-1, features.shape[-1])

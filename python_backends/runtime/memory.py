@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +66,11 @@ def plan_slots(model: ModelShape, num_slots: int, context_length: int, limit_byt
 def lazy_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """Zeros of which only touched pages cost memory, aligned to a page, given back to the system when collected.
 
-    An anonymous mapping, because `numpy.zeros` may reuse and clear memory that is resident already.
+    A private anonymous mapping: `numpy.zeros` may clear memory that is resident already, and huge pages would make two
+    megabytes resident for every head of every slot that holds a token.
     """
-    count = int(np.prod(shape))
-    buffer = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize))
+    count = math.prod(shape)
+    size = max(1, count * np.dtype(dtype).itemsize)
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(buffer, dtype, count).reshape(shape)

@@ -7,7 +7,6 @@ import functools
 import itertools
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +18,9 @@ from builders.quantize import Precision
 from python_backends.manifest import ImageShape, ModelShape
 from python_backends.runtime.base import StepInputs
 from python_backends.runtime.onnxruntime import OnnxRuntimeDecoder, OnnxRuntimeVision
+from tests.prompts import Prompt
 
 FP32 = Precision("fp32")
-
-
-@dataclass
-class Prompt:
-    """Token ids and the pictures their placeholders stand for."""
-
-    ids: list[int]
-    pixels: NDArray[np.uint8] | None = None
-    spans: list[tuple[int, int]] = field(default_factory=list)
-    """(first placeholder, behind the last) of each picture."""
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
