@@ -1,0 +1,3 @@
+from tests import fake_triton
+
+fake_triton.install()
