@@ -352,12 +352,16 @@ def test_memory_stays_far_below_the_checkpoints_size(tmp_path: Path, precision: 
     text["layer_types"] = text["layer_types"][:12]
     write_random_checkpoint(folder, text, shard_bytes=10**8)
     add_tokenizer(folder)
-    measured = subprocess.run(
-        [sys.executable, "-c", MEASURE, folder, tmp_path / "repository", precision],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        measured = subprocess.run(
+            [sys.executable, "-c", MEASURE, folder, tmp_path / "repository", precision],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        shutil.rmtree(folder)  # half a gigabyte that pytest would keep
+        shutil.rmtree(tmp_path / "repository", ignore_errors=True)
     figures = json.loads(measured.stdout)
     assert figures["source"] > 450 * 10**6
-    assert figures["growth"] < 0.4 * figures["source"]
+    assert figures["growth"] < 200 * 10**6
