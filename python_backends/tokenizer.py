@@ -39,6 +39,7 @@ Int32 = NDArray[np.int32]
 
 THREADS = 8
 """Requests tokenized at once."""
+TEXT_ONLY = "this model reads text only; leave the images out"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,12 @@ class PromptTokenizer:
         Raises:
             InvalidRequestError: and its subclasses, each with what to change.
         """
-        text, sent = self._text(text_input, messages, images)
+        try:
+            text, sent = self._text(text_input, messages, images)
+        except ImageCountError as error:
+            if self._images is None:  # whatever the numbers
+                raise ImagesNotSupportedError(TEXT_ONLY) from error
+            raise
         if self._image_token in text:
             raise InvalidTextError(
                 f"{self._image_token} stands for what the model sees and cannot be sent; "
@@ -139,7 +145,7 @@ class PromptTokenizer:
         places = text.count(chat.START_OF_IMAGE)
         if self._images is None:
             if sent or places:
-                raise ImagesNotSupportedError("this model reads text only; leave the images out")
+                raise ImagesNotSupportedError(TEXT_ONLY)
             return []
         chat.check_placeholders(places, len(sent))
         if places > self._images.max_images:

@@ -72,7 +72,5 @@ def _stage(repository: Path, name: str, files: tuple[str, ...]) -> manifest.Stag
     for file in files:
         path = folder / file
         shutil.copyfile(DEMO_CHECKPOINT / file, path)
-        found.append(
-            manifest.File(file, path.stat().st_size, manifest.file_sha256(path), manifest.edges_sha256(path))
-        )
+        found.append(manifest.File(file, path.stat().st_size, manifest.file_sha256(path), manifest.edges_sha256(path)))
     return manifest.Stage(f"{name}/1/build", tuple(found))
