@@ -1,0 +1,292 @@
+"""Asking a WiCore server over gRPC: `Client` blocks, `AsyncClient` is for asyncio; otherwise they are the same.
+
+One connection carries any number of requests at once, each a stream of its own. A caller that goes away before its
+answer is complete (a closed generator, a cancelled task, Ctrl-C) stops the request: Triton does not tell the stages of
+an ensemble that a stream was cancelled, so the client tells the decoder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import aclosing, closing
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from client.answer import Answer, AnswerBuilder, Piece, from_rpc, read_piece
+from client.request import ImageLike, Messages, Options, generate_request, stop_request
+from python_backends import contract
+from python_backends.errors import ServerUnavailableError, WiCoreError
+
+DEFAULT_ADDRESS = "127.0.0.1:8001"
+TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 2.0
+STOP_DELAYS_S = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+"""A request that is still at the tokenizer is unknown to the decoder, so a stop is sent again a few times."""
+STOPPED = "stop"
+_CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+
+
+def new_request_id() -> str:
+    """A name for a request that no other has."""
+    return secrets.token_hex(12)
+
+
+def _truncated() -> ServerUnavailableError:
+    return ServerUnavailableError("the server ended the stream before the answer was complete; see its log")
+
+
+class Client:
+    """A connection to a server, for use from any number of threads; also a context manager.
+
+    ``address`` is the gRPC ``host:port``. ``timeout_s`` bounds every request as a whole unless it names its own.
+    Every method raises exceptions of `python_backends.errors` only: `ServerUnavailableError` where nobody answers,
+    subclasses of `InvalidRequestError` for what the server refuses, `DeadlineExceededError`, `OverloadedError` …
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, timeout_s: float | None = TIMEOUT_S) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(address, options=_CHANNEL)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._stops: set[threading.Thread] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Deliver stops that are on their way, then close the connection."""
+        for thread in list(self._stops):
+            thread.join()
+        self._channel.close()
+
+    def ready(self, timeout_s: float = 5.0) -> bool:
+        """Whether a server answers and its models are loaded."""
+        request = service_pb2.ModelReadyRequest(name=contract.ENSEMBLE)
+        try:
+            return bool(self._stub.ModelReady(request, timeout=timeout_s).ready)
+        except grpc.RpcError:
+            return False
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        images: Sequence[ImageLike] = (),
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[Options],
+    ) -> Answer:
+        """The whole answer to a prompt or to a conversation, with pictures in the order of their placeholders.
+
+        Raises:
+            WiCoreError: as the class says; also where the answer ended early.
+        """
+        request_id = request_id or new_request_id()
+        builder = AnswerBuilder(request_id)
+        begin = time.perf_counter()
+        pieces = self.stream(
+            prompt, messages=messages, images=images, timeout_s=timeout_s, request_id=request_id, **options
+        )
+        with closing(pieces):
+            for piece in pieces:
+                builder.add(piece, time.perf_counter() - begin)
+        return builder.finish(time.perf_counter() - begin)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        images: Sequence[ImageLike] = (),
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[Options],
+    ) -> Generator[Piece, None, None]:
+        """The answer piece by piece as it is decoded. Closing the iterator stops the request.
+
+        An answer that ends early gives its last piece, then raises that piece's error.
+        """
+        request_id = request_id or new_request_id()
+        request = generate_request(prompt, messages, images, request_id, options)
+        call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s or self.timeout_s)
+        complete = False
+        try:
+            for response in call:
+                piece = read_piece(response)
+                if piece is None:
+                    continue
+                complete = bool(piece.finish_reason)
+                yield piece
+                if piece.error:
+                    raise piece.error
+            if not complete:
+                raise _truncated()
+        except grpc.RpcError as error:
+            failure = from_rpc(error, self.address)
+            complete = isinstance(failure, ServerUnavailableError)
+            raise failure from error
+        except WiCoreError:
+            complete = True  # the server has ended it
+            raise
+        finally:
+            if not complete:
+                self._stop_later(request_id, call)
+
+    def stop(self, request_id: str) -> bool:
+        """End a request wherever it was sent from; False where the server knows none of that name.
+
+        Raises:
+            ServerUnavailableError: nobody answers.
+        """
+        try:
+            call = self._stub.ModelStreamInfer(iter([stop_request(request_id)]), timeout=STOP_TIMEOUT_S)
+            pieces = [read_piece(response) for response in call]
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.address) from error
+        return any(piece is not None and piece.finish_reason == STOPPED for piece in pieces)
+
+    def _stop_later(self, request_id: str, call: Any) -> None:
+        """Stop from a thread, so that whoever closes a generator does not wait. The interpreter waits at its exit."""
+
+        def run() -> None:
+            try:
+                for delay in STOP_DELAYS_S:
+                    time.sleep(delay)
+                    if self.stop(request_id):
+                        break
+            except WiCoreError:
+                pass  # a server that has gone has no request to stop
+            finally:
+                call.cancel()
+                self._stops.discard(thread)
+
+        thread = threading.Thread(target=run, name="wicore-stop")
+        self._stops.add(thread)
+        thread.start()
+
+
+class AsyncClient:
+    """`Client` for asyncio. Make it and use it within one event loop."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, timeout_s: float | None = TIMEOUT_S) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._stops: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """See `Client.close`."""
+        if self._stops:
+            await asyncio.wait(self._stops)
+        await self._channel.close()
+
+    async def ready(self, timeout_s: float = 5.0) -> bool:
+        """See `Client.ready`."""
+        request = service_pb2.ModelReadyRequest(name=contract.ENSEMBLE)
+        try:
+            return bool((await self._stub.ModelReady(request, timeout=timeout_s)).ready)
+        except grpc.RpcError:
+            return False
+
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        images: Sequence[ImageLike] = (),
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[Options],
+    ) -> Answer:
+        """See `Client.generate`."""
+        request_id = request_id or new_request_id()
+        builder = AnswerBuilder(request_id)
+        begin = time.perf_counter()
+        pieces = self.stream(
+            prompt, messages=messages, images=images, timeout_s=timeout_s, request_id=request_id, **options
+        )
+        async with aclosing(pieces):
+            async for piece in pieces:
+                builder.add(piece, time.perf_counter() - begin)
+        return builder.finish(time.perf_counter() - begin)
+
+    async def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        images: Sequence[ImageLike] = (),
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncGenerator[Piece, None]:
+        """See `Client.stream`. Cancelling the task stops the request; so does closing the iterator (`aclosing`)."""
+        request_id = request_id or new_request_id()
+        request = await asyncio.to_thread(generate_request, prompt, messages, images, request_id, options)
+        call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s or self.timeout_s)
+        complete = False
+        try:
+            async for response in call:
+                piece = read_piece(response)
+                if piece is None:
+                    continue
+                complete = bool(piece.finish_reason)
+                yield piece
+                if piece.error:
+                    raise piece.error
+            if not complete:
+                raise _truncated()
+        except grpc.RpcError as error:
+            failure = from_rpc(error, self.address)
+            complete = isinstance(failure, ServerUnavailableError)
+            raise failure from error
+        except WiCoreError:
+            complete = True  # the server has ended it
+            raise
+        finally:
+            if not complete:
+                task = asyncio.get_running_loop().create_task(self._stop_repeatedly(request_id, call))
+                self._stops.add(task)
+                task.add_done_callback(self._stops.discard)
+
+    async def stop(self, request_id: str) -> bool:
+        """See `Client.stop`."""
+        try:
+            call = self._stub.ModelStreamInfer(iter([stop_request(request_id)]), timeout=STOP_TIMEOUT_S)
+            pieces = [read_piece(response) async for response in call]
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.address) from error
+        return any(piece is not None and piece.finish_reason == STOPPED for piece in pieces)
+
+    async def _stop_repeatedly(self, request_id: str, call: Any) -> None:
+        try:
+            for delay in STOP_DELAYS_S:
+                await asyncio.sleep(delay)
+                if await self.stop(request_id):
+                    break
+        except WiCoreError:
+            pass  # a server that has gone has no request to stop
+        finally:
+            call.cancel()
