@@ -167,6 +167,7 @@ def _randomize(model: PreTrainedModel, rng: np.random.Generator) -> None:
         if name.endswith("embed_tokens.weight"):
             # Small beside what the layers add: a tied head would otherwise repeat the last token for ever.
             values = 0.1 * rng.standard_normal(shape) / np.sqrt(shape[1])
+            values[[PAD, IMAGE]] = 0  # never answered
         elif "norm" in name and name.endswith("weight"):
             centre = 0.0 if "vision" not in name or "soft_emb" in name else 1.0
             values = centre + rng.uniform(-0.5, 0.5, shape)
