@@ -7,6 +7,7 @@ import functools
 import io
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,15 @@ def test_a_hopelessly_long_prompt_is_refused_without_tokenizing_it(monkeypatch: 
     monkeypatch.setattr(short, "_tokenizer", None)
     with pytest.raises(errors.ContextLengthError, match="at least"):
         short([b"word " * 1_000_000], [], [])
+
+
+def test_a_model_without_template_takes_plain_prompts_alone(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_CHECKPOINT / name, tmp_path / name)
+    base = PromptTokenizer(tmp_path, vocab_size=VOCAB_SIZE, max_context_length=100, images=None)
+    assert base([b" once upon"], [], []).input_ids.tolist() == processor().tokenizer(" once upon")["input_ids"]
+    with pytest.raises(errors.InvalidMessagesError, match="text_input"):
+        base([], as_json([HELLO]), [])
 
 
 def test_files_that_are_no_tokenizer_are_an_artifact_error(tmp_path: Path) -> None:
