@@ -87,6 +87,8 @@ class Result:
     artifact_bytes: int
     peak_memory_bytes: int
     """Largest resident memory of this process so far."""
+    kept_files: tuple[str, ...]
+    """Literal files of the repository that differ from the project's and were left as they are."""
 
 
 def build(
@@ -104,7 +106,7 @@ def build(
     reporter = reporter or Silence()
     with repository.locked(target):
         try:
-            repository.add_literal_files(target)
+            differing = repository.add_literal_files(target)
             identity = source_identity(checkpoint, options.as_dict())
             current = None if force else _current(target, identity)
             source_bytes = 0
@@ -118,7 +120,9 @@ def build(
         repository.sweep(target)
     sizes = (file.size for stage in current.stages.values() for file in stage.files)
     seconds = time.monotonic() - began
-    return Result(current, source_bytes == 0, seconds, source_bytes, sum(sizes), peak_memory())
+    return Result(
+        current, source_bytes == 0, seconds, source_bytes, sum(sizes), peak_memory(), kept_files=tuple(differing)
+    )
 
 
 def _current(target: Path, identity: str) -> Manifest | None:

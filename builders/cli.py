@@ -158,6 +158,7 @@ def _as_json(result: Result) -> str:
             "checkpoint_bytes": result.source_bytes,
             "artifact_bytes": result.artifact_bytes,
             "peak_memory_bytes": result.peak_memory_bytes,
+            "kept_files": result.kept_files,
             "stages": {name: dataclasses.asdict(stage) for name, stage in manifest.stages.items()},
         }
     )
@@ -165,12 +166,14 @@ def _as_json(result: Result) -> str:
 
 def _summary(result: Result) -> str:
     manifest = result.manifest
+    lines = [f"note: {path} differs from the project's and was left as it is" for path in result.kept_files]
     precision = manifest.precision
     if precision.startswith("int"):
         precision += f" (block {manifest.block_size})" if manifest.block_size else " (per channel)"
     if result.up_to_date:
-        return f"{manifest.repository} is up to date: {manifest.name}, {precision}, {_size(result.artifact_bytes)}"
-    lines = [
+        size = _size(result.artifact_bytes)
+        return "\n".join([*lines, f"{manifest.repository} is up to date: {manifest.name}, {precision}, {size}"])
+    lines += [
         f"{manifest.repository}: {manifest.name}, {precision}",
         *(
             f"  {name:<16}{_size(sum(file.size for file in stage.files)):>10}  {stage.folder}"

@@ -60,7 +60,8 @@ def _file_identity(path: Path) -> list[str | int]:
 def builder_digest() -> str:
     """A hash of the code that turns checkpoints into artefacts, so that a changed builder rebuilds."""
     root = Path(__file__).parent
-    sources = [*root.glob("*.py"), *root.glob("graph/**/*.py"), root.parent / "python_backends" / "manifest.py"]
+    modules = [path for path in root.glob("*.py") if path.name not in {"cli.py", "hub.py"}]
+    sources = [*modules, *root.glob("graph/**/*.py"), root.parent / "python_backends" / "manifest.py"]
     digest = hashlib.sha256()
     for path in sorted(sources):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

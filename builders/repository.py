@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import filecmp
 import os
 import re
 import secrets
@@ -50,14 +51,17 @@ def locked(repository: Path) -> Iterator[None]:
         yield
 
 
-def add_literal_files(repository: Path) -> None:
+def add_literal_files(repository: Path) -> list[str]:
     """Copy the config.pbtxt and model.py files that the repository lacks from the project's own; never overwrite one.
+
+    Returns the paths of those that are there and differ: edited by somebody, or copied by another version.
 
     Raises:
         BuildError: files are lacking and the project's are not there to copy.
     """
     if repository.resolve() == TRACKED:
-        return
+        return []
+    differing = []
     for model in contract.MODELS:
         source = TRACKED / model
         if not (source / "config.pbtxt").is_file():
@@ -71,9 +75,14 @@ def add_literal_files(repository: Path) -> None:
             inner = path.relative_to(source)
             target = repository / model / inner
             outputs = any(part == "__pycache__" or _BUILD_ID.fullmatch(part) for part in inner.parts)
-            if path.is_file() and not outputs and not target.exists():
+            if not path.is_file() or outputs:
+                continue
+            if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
+            elif not filecmp.cmp(path, target, shallow=False):
+                differing.append(target.relative_to(repository).as_posix())
+    return differing
 
 
 def new_build_id(identity: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -81,21 +81,14 @@ class WeightFile:
         """Append a tensor that is already in memory."""
         return self.add(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, [array])
 
-    def add_float(
-        self, name: str, tensor: LazyTensor, dtype: int = onnx.TensorProto.FLOAT, *, transposed: bool = False
-    ) -> onnx.TensorProto:
-        """Append a tensor converted to ``dtype`` (FLOAT or FLOAT16); ``transposed`` stores [N, K] as [K, N].
+    def add_float(self, name: str, tensor: LazyTensor, dtype: int = onnx.TensorProto.FLOAT) -> onnx.TensorProto:
+        """Append a tensor converted to ``dtype`` (FLOAT or FLOAT16), a few rows at a time.
 
         Raises:
             BuildError: a value beyond float16's range (±65504), which would become infinity.
         """
-        if transposed:
-            # One matrix of one layer at a time: 27B's largest is 0.5 GB in float32.
-            rows, columns = tensor.shape
-            matrix = np.ascontiguousarray(tensor.read().T)
-            pieces = (matrix[start : start + 256] for start in range(0, columns, 256))
-            return self.add(name, dtype, (columns, rows), (_convert(name, piece, dtype) for piece in pieces))
-        return self.add(name, dtype, tensor.shape, _converted_chunks(name, tensor, dtype))
+        chunks = (_convert(name, tensor.read(start, stop), dtype) for start, stop in row_chunks(tensor))
+        return self.add(name, dtype, tensor.shape, chunks)
 
     def alias(self, name: str, tensor: onnx.TensorProto, shape: Sequence[int]) -> onnx.TensorProto:
         """The bytes of ``tensor`` under another name and shape (a tied head in the layout of another operator).
@@ -114,11 +107,6 @@ def _external(name: str, dtype: int, shape: Sequence[int], location: dict[str, s
     for key, value in location.items():
         tensor.external_data.add(key=key, value=value)
     return tensor
-
-
-def _converted_chunks(name: str, tensor: LazyTensor, dtype: int) -> Iterator[NDArray[Any]]:
-    for start, stop in row_chunks(tensor):
-        yield _convert(name, tensor.read(start, stop), dtype)
 
 
 def _convert(name: str, values: NDArray[np.float32], dtype: int) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from builders import repository
+from builders import identity, repository
 from builders.build import Options, Result, build
 from builders.checkpoint import open_checkpoint
 from builders.quantize import Precision
@@ -110,6 +110,23 @@ def test_a_changed_checkpoint_is_built_again(checkpoint: Path, built: Result, ch
     assert not build(checkpoint, built.manifest.repository, INT8).up_to_date
 
 
+def test_large_files_are_identified_without_reading_them(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "CONTENT_LIMIT", 100_000)
+    build(checkpoint, tmp_path / "repository", INT8)
+    weights = checkpoint / "model.safetensors"
+    status = weights.stat()
+    assert status.st_size > 100_000
+    with weights.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(bytes(4))
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert build(checkpoint, tmp_path / "repository", INT8).up_to_date
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert not build(checkpoint, tmp_path / "repository", INT8).up_to_date
+
+
 def test_other_options_are_built_again_and_the_older_build_goes(checkpoint: Path, built: Result) -> None:
     target = built.manifest.repository
     result = build(checkpoint, target, Options(Precision("int8", 64)))
@@ -162,8 +179,10 @@ def test_the_fingerprint_is_of_the_weights_whatever_files_hold_them(
 def test_literal_files_that_somebody_edited_are_left_alone(checkpoint: Path, built: Result) -> None:
     path = built.manifest.repository / contract.DECODER / "config.pbtxt"
     path.write_text("# edited\n", encoding="utf-8")
-    build(checkpoint, built.manifest.repository, INT8, force=True)
+    result = build(checkpoint, built.manifest.repository, INT8, force=True)
     assert path.read_text(encoding="utf-8") == "# edited\n"
+    assert built.kept_files == ()
+    assert result.kept_files == ("decoder/config.pbtxt",)
 
 
 def _no_tokenizer(folder: Path) -> None:

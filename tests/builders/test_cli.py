@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,9 @@ from typer.testing import CliRunner
 
 from builders.cli import build
 from python_backends import manifest
-from tests.builders.checkpoint_files import complete
+from tests.builders.checkpoint_files import add_tokenizer, complete
+from tests.builders.published_configs import PUBLISHED
+from tests.builders.random_checkpoint import write_random_checkpoint
 
 app = typer.Typer()
 app.command()(build)
@@ -71,6 +78,34 @@ def test_what_cannot_be_built_exits_with_one_and_says_why(
 def test_an_unknown_precision_is_a_usage_error(checkpoint: Path, tmp_path: Path) -> None:
     _run(checkpoint, "--repository", tmp_path / "repository", "--precision", "int3", code=2)
     assert not (tmp_path / "repository").exists()
+
+
+CHILD = """
+import typer
+from builders.cli import build
+app = typer.Typer()
+app.command()(build)
+app()
+"""
+
+
+def test_ctrl_c_says_that_the_repository_is_as_it_was(tmp_path: Path) -> None:
+    folder, repository = tmp_path / "checkpoint", tmp_path / "repository"
+    text = {**PUBLISHED["270m"], "vocab_size": 200_000, "hidden_size": 1024, "num_hidden_layers": 6}
+    text["layer_types"] = text["layer_types"][:6]
+    write_random_checkpoint(folder, text)
+    add_tokenizer(folder)
+    command = [sys.executable, "-c", CHILD, str(folder), "--repository", str(repository), "--precision", "int4"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        while child.poll() is None and not list(repository.glob("decoder/1/*/decoder.weights")):
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        assert child.stderr is not None
+        said = child.stderr.read()
+    shutil.rmtree(folder)  # half a gigabyte that pytest would keep
+    assert child.returncode == 130
+    assert said.endswith("wicore build: stopped; the repository is as it was\n")
+    assert not list(repository.glob("*/1/*/*"))
 
 
 def test_help_teaches_by_example() -> None:
