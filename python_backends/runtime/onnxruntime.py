@@ -57,14 +57,13 @@ class OnnxRuntimeDecoder:
         num_threads: int = 0,
     ) -> None:
         self._session = _open(folder / DECODER_FILE, num_threads)
-        types = {item.name: item.type for item in self._session.get_inputs()}
-        try:
-            dtype = _DTYPES[types["past_key.0"]]
-        except KeyError as error:
-            raise ArtifactError(_rebuild(folder / DECODER_FILE, "it is no decoder of this version")) from error
+        inputs = {item.name: item for item in self._session.get_inputs()}
+        if _interface(self._session) != _wanted_interface(model):
+            raise ArtifactError(_rebuild(folder / DECODER_FILE, "it is a decoder of another model or version"))
+        dtype = _DTYPES[inputs["past_key.0"].type]
         plan = plan_slots(model, num_slots, max_context_length, memory_limit, dtype.itemsize)
         self._model = model
-        self._takes_images = "image_index" in types
+        self._takes_images = "image_index" in inputs
         self._caches = _make_caches(model, plan, dtype)
         self._bindings: dict[tuple[int, int, bool], Any] = {}
         image = model.image
@@ -234,6 +233,24 @@ def _open(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
 
 def _rebuild(path: Path, what: str) -> str:
     return f"{path}: {what}; rebuild the model repository with `wicore build CHECKPOINT --force`"
+
+
+def _interface(session: onnxruntime.InferenceSession) -> dict[str, list[int]]:
+    """The fixed dimensions of every input and output that depends on the model."""
+    values = [*session.get_inputs(), *session.get_outputs()]
+    return {
+        value.name: [dim for dim in value.shape if isinstance(dim, int)] for value in values if len(value.shape) > 1
+    }
+
+
+def _wanted_interface(model: ModelShape) -> dict[str, list[int]]:
+    sizes: dict[str, list[int]] = {name: [] for name in ("input_ids", "logit_positions", "uniform")}
+    if model.image is not None:
+        sizes |= {"image_features": [model.hidden_size], "image_index": [], "image_group": []}
+    for layer in range(model.num_layers):
+        for name in ("past_key", "past_value", "present_key", "present_value"):
+            sizes[f"{name}.{layer}"] = [model.num_kv_heads, model.head_dim]
+    return sizes | {"next_token": [], "logprob": [], "logits": [model.vocab_size]}
 
 
 def _make_caches(model: ModelShape, plan: SlotPlan, dtype: np.dtype[Any]) -> dict[str, NDArray[Any]]:
