@@ -187,7 +187,8 @@ def _randomize(model: PreTrainedModel, rng: np.random.Generator) -> None:
 
 
 @functools.cache
-def _root() -> Path:
+def scratch() -> Path:
+    """A folder that lasts as long as the process, for what tests make once."""
     root = Path(tempfile.mkdtemp(prefix="wicore-checkpoints-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return root
@@ -196,6 +197,6 @@ def _root() -> Path:
 @functools.cache
 def tiny(name: str, seed: int = 0) -> Path:
     """Folder of the random checkpoint of family ``name`` (a key of FAMILIES); made once per process."""
-    folder = _root() / f"{name}-{seed}"
+    folder = scratch() / f"{name}-{seed}"
     make_model(FAMILIES[name], seed).save_pretrained(folder)
     return folder

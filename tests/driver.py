@@ -18,6 +18,7 @@ from builders.quantize import Precision
 from python_backends.manifest import ImageShape, ModelShape
 from python_backends.runtime.base import StepInputs
 from python_backends.runtime.onnxruntime import OnnxRuntimeDecoder, OnnxRuntimeVision
+from tests.checkpoints import scratch
 from tests.prompts import Prompt
 
 FP32 = Precision("fp32")
@@ -40,7 +41,7 @@ def model_shape(config: ModelConfig) -> ModelShape:
 @functools.cache
 def artefacts(checkpoint: Path, precision: Precision, accuracy_level: int = 4) -> Path:
     """Folder with the graphs of a checkpoint, built once per process."""
-    folder = Path(tempfile.mkdtemp(prefix="graphs-", dir=checkpoint.parent))
+    folder = Path(tempfile.mkdtemp(prefix="graphs-", dir=scratch()))
     opened = open_checkpoint(checkpoint)
     write_decoder(opened, precision, folder, accuracy_level=accuracy_level)
     if opened.config.vision is not None:

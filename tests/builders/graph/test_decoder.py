@@ -38,7 +38,8 @@ def largest_error(ours: np.ndarray, wanted: np.ndarray) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_64_greedy_tokens_of_20_prompts_equal_transformers(family):
-    folder, prompts = tiny(family), twenty(family)
+    folder = tiny(family)
+    prompts = twenty(folder)
     # Batches of five, whose lengths differ: rows are padded, and go idle when their prompt is shorter.
     for batch in (prompts[start : start + 5] for start in range(0, 20, 5)):
         driver = generated(folder, batch)
@@ -54,7 +55,7 @@ def test_logits_and_64_greedy_tokens_of_20_prompts_equal_transformers(family):
 def test_greedy_tokens_equal_those_of_transformers_generate(family):
     folder = tiny(family)
     pictures = 3 if family in IMAGE_FAMILIES else 0
-    item = prompt(family, np.random.default_rng(7), text=60, pictures=pictures)
+    item = prompt(tiny(family), np.random.default_rng(7), text=60, pictures=pictures)
     driver = generated(folder, [item])
     assert driver.tokens[0] == reference(folder).greedy(np.array(item.ids), item.pixels, STEPS)
 
@@ -62,14 +63,14 @@ def test_greedy_tokens_equal_those_of_transformers_generate(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_checkpoints_answer_with_many_different_tokens(family):
     # Guards the tests above: a checkpoint that repeats one token would prove little.
-    driver = generated(tiny(family), [prompt(family, np.random.default_rng(1), text=40)])
+    driver = generated(tiny(family), [prompt(tiny(family), np.random.default_rng(1), text=40)])
     assert len(set(driver.tokens[0])) > 20
 
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
 def test_tokens_of_a_picture_see_its_later_tokens(family):
     folder = tiny(family)
-    item = prompt(family, np.random.default_rng(5), text=30, pictures=1)
+    item = prompt(tiny(family), np.random.default_rng(5), text=30, pictures=1)
     runtime, encoder = runtime_and_encoder(folder)
     first, last = item.spans[0]
     logits = []
@@ -110,7 +111,7 @@ def dequantized_reference(folder: Path, precision: Precision) -> Reference:
 )
 def test_quantized_graph_computes_with_exactly_the_dequantized_weights(family, precision):
     folder = tiny(family)
-    item = prompt(family, np.random.default_rng(3), text=60)
+    item = prompt(tiny(family), np.random.default_rng(3), text=60)
     runtime = decoder(folder, precision, accuracy_level=0)
     driver = Driver(runtime, [item])
     driver.prefill()
@@ -122,7 +123,7 @@ def test_quantized_graph_computes_with_exactly_the_dequantized_weights(family, p
 @pytest.mark.parametrize("family", ["1b", "4b"])
 def test_int8_activations_add_less_error_than_int8_weights(family):
     folder = tiny(family)
-    item = prompt(family, np.random.default_rng(3), text=60)
+    item = prompt(tiny(family), np.random.default_rng(3), text=60)
     full = reference(folder).logits(np.array(item.ids))
     weights = dequantized_reference(folder, Precision("int8")).logits(np.array(item.ids)) - full
     driver = Driver(decoder(folder, Precision("int8"), accuracy_level=4), [item])
@@ -141,7 +142,7 @@ def test_fp16_stays_near_fp32_on_a_checkpoint_whose_residuals_overflow_float16(t
             ):
                 parameter.copy_((1 + parameter) * 1e5 - 1)
     model.save_pretrained(tmp_path / "scaled")
-    item = prompt("4b", np.random.default_rng(2), text=50, pictures=1)
+    item = prompt(tiny("4b"), np.random.default_rng(2), text=50, pictures=1)
     wanted = Reference(tmp_path / "scaled")
     ids = torch.tensor(item.ids)[None]
     with torch.no_grad():
@@ -163,6 +164,6 @@ def test_untied_head_is_its_own_matrix(tmp_path):
     with torch.no_grad():
         model.lm_head.weight.normal_()
     model.save_pretrained(tmp_path / "untied")
-    driver = generated(tmp_path / "untied", [prompt("270m", np.random.default_rng(0), text=20)], steps=8)
+    driver = generated(tmp_path / "untied", [prompt(tiny("270m"), np.random.default_rng(0), text=20)], steps=8)
     sequence = np.array(driver.prompts[0].ids + driver.tokens[0][:-1])
     assert largest_error(np.array(driver.logits[0]), Reference(tmp_path / "untied").logits(sequence)) < TOLERANCE

@@ -44,7 +44,7 @@ def whole(request):
     rng = np.random.default_rng(11)
     has_images = FAMILIES[family].vision is not None
     prompts = [
-        prompt(family, rng, text=size, pictures=count * has_images) for size, count in ((70, 2), (9, 0), (41, 1))
+        prompt(tiny(family), rng, text=size, pictures=count * has_images) for size, count in ((70, 2), (9, 0), (41, 1))
     ]
     runtime = decoder(tiny(family))
     encoder = vision(tiny(family)) if has_images else None
@@ -184,7 +184,7 @@ def test_a_step_touches_only_the_rows_it_appends():
     runtime = OnnxRuntimeDecoder(
         artefacts(tiny("4b"), FP32), shape, num_slots=2, max_context_length=context, memory_limit=2**32, num_threads=2
     )
-    item = prompt("4b", np.random.default_rng(1), text=60, pictures=1)
+    item = prompt(tiny("4b"), np.random.default_rng(1), text=60, pictures=1)
     Driver(decoder(tiny("4b")), [item], vision(tiny("4b"))).prefill()  # what a step allocates at all
     process = psutil.Process()
     before = process.memory_info().rss
@@ -206,7 +206,7 @@ def test_no_node_but_attention_has_a_cache_among_its_outputs(tmp_path, monkeypat
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", profiled)
     runtime = decoder(tiny("4b"), context=4096)
-    item = prompt("4b", np.random.default_rng(1), text=60, pictures=2)
+    item = prompt(tiny("4b"), np.random.default_rng(1), text=60, pictures=2)
     driver = Driver(runtime, [item, item], vision(tiny("4b")))
     driver.prefill([[30]] * 2)
     driver.decode(2)
@@ -226,7 +226,7 @@ def test_batches_and_chunks_agree_in_other_precisions(precision):
     runtime = decoder(tiny("4b"), precision)
     encoder = vision(tiny("4b"), precision)
     rng = np.random.default_rng(2)
-    prompts = [prompt("4b", rng, text=50, pictures=2), prompt("4b", rng, text=33)]
+    prompts = [prompt(tiny("4b"), rng, text=50, pictures=2), prompt(tiny("4b"), rng, text=33)]
     alone = []
     for item in prompts:
         driver = Driver(runtime, [item], encoder)
