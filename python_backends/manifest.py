@@ -190,7 +190,7 @@ def read(repository: Path) -> Manifest:
         raise ArtifactError(f"{path} is corrupt ({error}); {_rebuild(repository)}") from error
     for stage in manifest.stages.values():
         inside = [stage.folder, *(file.name for file in stage.files)]
-        if any(Path(part).is_absolute() or ".." in Path(part).parts for part in inside):
+        if any(Path(part).is_absolute() or ".." in Path(part).parts or "\0" in part for part in inside):
             raise ArtifactError(f"{path} names files outside the repository; {_rebuild(repository)}")
     complete: Manifest = dataclasses.replace(manifest, repository=repository)
     return complete

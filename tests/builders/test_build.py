@@ -185,6 +185,15 @@ def test_literal_files_that_somebody_edited_are_left_alone(checkpoint: Path, bui
     assert result.kept_files == ("decoder/config.pbtxt",)
 
 
+def test_without_literal_files_to_copy_the_build_says_where_to_run(
+    checkpoint: Path, built: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repository, "TRACKED", tmp_path / "nothing")
+    assert build(checkpoint, built.manifest.repository, INT8).up_to_date
+    with pytest.raises(BuildError, match=r"has no config\.pbtxt .*; build from a checkout of the project"):
+        build(checkpoint, tmp_path / "other", INT8)
+
+
 def _no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 

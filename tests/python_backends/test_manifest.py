@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from python_backends import manifest
 from python_backends.errors import ArtifactError
@@ -126,6 +128,7 @@ CORRUPT: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "no list": (_changed("model.layer_types", "local"), "'local' is not of type list"),
     "no object": (_changed("model", 3), "ModelShape is 3"),
     "a path out of the repository": (_changed("stages.decoder.folder", "../elsewhere"), "outside the repository"),
+    "no path": (_changed("stages.decoder.folder", "a\0b"), "outside the repository"),
     "an absolute path": (_changed("stages.decoder.folder", "/etc"), "outside the repository"),
 }
 
@@ -138,6 +141,33 @@ def test_a_manifest_that_is_not_ours_is_refused(tmp_path: Path, case: str) -> No
     with pytest.raises(ArtifactError, match=message) as caught:
         manifest.load(tmp_path)
     assert "run `wicore build" in caught.value.message
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(deadline=None)
+@given(
+    key=st.sampled_from([field.name for field in dataclasses.fields(Manifest) if field.name != "repository"]),
+    value=JSON,
+)
+def test_any_value_anywhere_loads_or_is_refused_as_an_artefact(
+    tmp_path_factory: pytest.TempPathFactory, key: str, value: object
+) -> None:
+    repository = tmp_path_factory.mktemp("repository")
+    values = json.loads(_write(repository).to_json())
+    accepted = type(values[key])
+    values[key] = value
+    (repository / manifest.MANIFEST_NAME).write_text(json.dumps(values), encoding="utf-8")
+    try:
+        found = manifest.load(repository)
+    except ArtifactError:
+        return
+    assert type(getattr(found, key)) is accepted
 
 
 def test_of_large_files_both_ends_are_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
