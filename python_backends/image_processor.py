@@ -2,69 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from python_backends import config, contract, manifest, triton_io
-from python_backends.errors import ImagesNotSupportedError
-from python_backends.pixels import ImageLimits, ImageOptions, UInt8, allow_pixels, pixels_of, read_options
+from python_backends import contract, triton_io
+from python_backends.pixels import open_processor
 
 MODEL = contract.MODELS[contract.IMAGE_PROCESSOR]
-MAX_THREADS = 4
-"""Pictures decoded at once: each may hold several bytes for each of its pixels, so this bounds memory too."""
 MAX_REQUESTS = 64
 """Requests with pictures that are worked on at once; their threads only wait for the decoders."""
-
-
-class ImageProcessor:
-    """Decodes pictures beside one another; Pillow lets go of the interpreter lock while it works.
-
-    ``options`` is None for a text-only model.
-    """
-
-    def __init__(self, options: ImageOptions | None, limits: ImageLimits) -> None:
-        self._options = options
-        self._limits = limits
-        allow_pixels(limits)
-        self._decoders = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="wicore-decode")
-
-    def __call__(self, encoded: Sequence[bytes]) -> UInt8:
-        """Encoded pictures → [pictures and crops, 3, H, W] uint8 RGB, in order; thread-safe.
-
-        Raises:
-            InvalidImageError, ImageTooLargeError: see `pixels_of`.
-            ImagesNotSupportedError: a picture for a text-only model.
-        """
-        options = self._options
-        if not encoded:
-            size = (options.height, options.width) if options else (0, 0)
-            return np.empty((0, 3, *size), dtype=np.uint8)
-        if options is None:
-            raise ImagesNotSupportedError("this model reads text only; leave the images out")
-        return np.concatenate(list(self._decoders.map(lambda data: pixels_of(data, options, self._limits), encoded)))
-
-    def close(self) -> None:
-        """End the threads."""
-        self._decoders.shutdown(wait=False, cancel_futures=True)
-
-
-def open_processor(repository: Path) -> ImageProcessor:
-    """The image processor of a built repository, with the limits of its configuration.
-
-    Raises:
-        ArtifactError, ConfigError: see `manifest.load`, `config.load`, `read_options`.
-    """
-    settings = config.load(repository)
-    built = manifest.load(repository, [contract.IMAGE_PROCESSOR])
-    options = None
-    if built.model.image:
-        options = read_options(built.folder(contract.IMAGE_PROCESSOR), pan_and_scan=settings.pan_and_scan)
-    return ImageProcessor(options, ImageLimits(settings.max_image_bytes, settings.max_image_pixels))
 
 
 class TritonPythonModel:

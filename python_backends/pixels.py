@@ -15,7 +15,10 @@ import io
 import itertools
 import json
 import math
+import os
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from python_backends.errors import ArtifactError, ImageTooLargeError, InvalidImageError
+from python_backends import config, contract, manifest
+from python_backends.errors import ArtifactError, ImagesNotSupportedError, ImageTooLargeError, InvalidImageError
 
 UInt8 = NDArray[np.uint8]
 
@@ -50,6 +54,8 @@ PLUGINS = (
 FORMATS = tuple(plugin.format for plugin in PLUGINS)
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_ASPECT_RATIO = 200
+MAX_THREADS = 4
+"""Pictures decoded at once: each may hold several bytes for each of its pixels, so this bounds memory too."""
 
 # A picture between Pillow's limit and twice that limit would only be warned about.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -262,3 +268,49 @@ def pixels_of(data: bytes, options: ImageOptions, limits: ImageLimits) -> UInt8:
         resized = part.resize((options.width, options.height), resample=options.resample)
         target[:] = np.asarray(resized).transpose(2, 0, 1)
     return pixels
+
+
+class ImageProcessor:
+    """Decodes pictures beside one another; Pillow lets go of the interpreter lock while it works.
+
+    ``options`` is None for a text-only model.
+    """
+
+    def __init__(self, options: ImageOptions | None, limits: ImageLimits) -> None:
+        self._options = options
+        self._limits = limits
+        allow_pixels(limits)
+        self._decoders = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="wicore-decode")
+
+    def __call__(self, encoded: Sequence[bytes]) -> UInt8:
+        """Encoded pictures → [pictures and crops, 3, H, W] uint8 RGB, in order; thread-safe.
+
+        Raises:
+            InvalidImageError, ImageTooLargeError: see `pixels_of`.
+            ImagesNotSupportedError: a picture for a text-only model.
+        """
+        options = self._options
+        if not encoded:
+            size = (options.height, options.width) if options else (0, 0)
+            return np.empty((0, 3, *size), dtype=np.uint8)
+        if options is None:
+            raise ImagesNotSupportedError("this model reads text only; leave the images out")
+        return np.concatenate(list(self._decoders.map(lambda data: pixels_of(data, options, self._limits), encoded)))
+
+    def close(self) -> None:
+        """End the threads."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+
+def open_processor(repository: Path) -> ImageProcessor:
+    """The image processor of a built repository, with the limits of its configuration.
+
+    Raises:
+        ArtifactError, ConfigError: see `manifest.load`, `config.load`, `read_options`.
+    """
+    settings = config.load(repository)
+    built = manifest.load(repository, [contract.IMAGE_PROCESSOR])
+    options = None
+    if built.model.image:
+        options = read_options(built.folder(contract.IMAGE_PROCESSOR), pan_and_scan=settings.pan_and_scan)
+    return ImageProcessor(options, ImageLimits(settings.max_image_bytes, settings.max_image_pixels))

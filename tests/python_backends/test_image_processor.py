@@ -12,9 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from python_backends import contract, errors, image_processor
-from python_backends.image_processor import ImageProcessor, TritonPythonModel, open_processor
-from python_backends.pixels import ImageLimits, ImageOptions, PanAndScan, UInt8, pixels_of
+from python_backends import contract, errors, pixels
+from python_backends.image_processor import TritonPythonModel
+from python_backends.pixels import (
+    ImageLimits,
+    ImageOptions,
+    ImageProcessor,
+    PanAndScan,
+    UInt8,
+    open_processor,
+    pixels_of,
+)
 from tests.fake_triton import Request, TritonError
 from tests.python_backends.stage_repository import IMAGE_SIZE, write_repository
 
@@ -117,7 +125,7 @@ def test_a_prompt_without_images_does_not_wait_for_its_neighbours(
     stage: TritonPythonModel, closed: tuple[threading.Event, Callable[..., UInt8]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, slow = closed
-    monkeypatch.setattr(image_processor, "pixels_of", slow)
+    monkeypatch.setattr(pixels, "pixels_of", slow)
     pictures, text = ask(stage, [png(9, 9)], [])
     assert text.answered
     assert not pictures.answered
@@ -134,8 +142,8 @@ def test_pictures_of_one_prompt_are_decoded_beside_one_another(
         meeting.wait()  # breaks unless two are inside
         return pixels_of(data, options, limits)
 
-    monkeypatch.setattr(image_processor.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(image_processor, "pixels_of", meet)
+    monkeypatch.setattr(pixels.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(pixels, "pixels_of", meet)
     processor = ImageProcessor(OPTIONS, LIMITS)
     assert len(processor([png(9, 9), png(8, 8)])) == 2
     processor.close()
@@ -147,7 +155,7 @@ def test_an_unexpected_failure_reaches_the_client_without_its_traceback(
     def fail(*_: object) -> UInt8:
         raise ZeroDivisionError("a secret")
 
-    monkeypatch.setattr(image_processor, "pixels_of", fail)
+    monkeypatch.setattr(pixels, "pixels_of", fail)
     (request,) = ask(stage, [png(9, 9)])
     found = request.response()
     assert found.error is not None

@@ -21,7 +21,8 @@ from transformers import AutoProcessor
 
 from python_backends import contract, errors
 from python_backends.pixels import ImageLimits, PanAndScan
-from python_backends.tokenizer import ImageTokens, PromptTokenizer, TritonPythonModel, open_tokenizer
+from python_backends.prompt import ImageTokens, PromptTokenizer, open_tokenizer
+from python_backends.tokenizer import TritonPythonModel
 from tests.fake_triton import Request, TritonError
 from tests.paths import DEMO_CHECKPOINT
 from tests.python_backends.stage_repository import CONTEXT, TOKENS_PER_IMAGE, VOCAB_SIZE, write_repository
