@@ -20,11 +20,11 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from client.answer import Answer, AnswerBuilder, Piece, from_rpc, read_piece
+from client.connection import DEFAULT_ADDRESS
 from client.request import ImageLike, Messages, Options, generate_request, stop_request
 from python_backends import contract
 from python_backends.errors import ServerUnavailableError, WiCoreError
 
-DEFAULT_ADDRESS = "127.0.0.1:8001"
 TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 2.0
 STOP_DELAYS_S = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)

@@ -20,6 +20,7 @@ from pathlib import Path
 from python_backends.errors import ServerStartError
 
 STUB = "triton_python_backend_stub"
+LIBRARIES = "nvidia_pytriton.libs"
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,24 @@ def check_environment(installation: Installation) -> None:
         )
 
 
-def _in_wheel() -> Installation:
+def wheel_libraries() -> Path | None:
+    """Folder of the shared libraries that the wheel brings; None where it is not installed."""
+    package = _wheel_package()
+    return package.parent / LIBRARIES if package else None
+
+
+def _wheel_package() -> Path | None:
     spec = importlib.util.find_spec("pytriton")
-    if spec is None or spec.origin is None:
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _in_wheel() -> Installation:
+    package = _wheel_package()
+    if package is None:
         raise ServerStartError(
             "no tritonserver on PATH and no wheel with one; run `pip install nvidia-pytriton`, or start inside "
             "NVIDIA's Triton container"
         )
-    package = Path(spec.origin).parent
     triton = package / "tritonserver"
     binary = triton / "bin" / "tritonserver"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -91,7 +102,7 @@ def _in_wheel() -> Installation:
         offered = ", ".join(sorted(path.name for path in stub.parents[1].glob("3.*"))) or "none"
         raise ServerStartError(f"{package.name} has no Triton stub for Python {version}; it has: {offered}")
     backends = _stage(triton / "backends" / "python", stub)
-    return Installation(binary, package.parent / "nvidia_pytriton.libs", backends, triton / "caches")
+    return Installation(binary, package.parent / LIBRARIES, backends, triton / "caches")
 
 
 def cache_folder() -> Path:
