@@ -35,6 +35,20 @@ class DecoderSpec:
     eos_token_ids: tuple[int, ...]
 
 
+class SlotState(Protocol):
+    """The KV of one sequence outside its slot; only the runtime looks inside."""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in memory."""
+        ...
+
+
 @dataclass
 class StepInputs:
     """One step over the slots ``first_slot … first_slot + B − 1``, row b of every array belonging to one slot.
@@ -61,6 +75,19 @@ class StepInputs:
     """[B] 0 is off."""
     uniform: Float32
     """[B, R] one uniform number in (0, 1) per drawn token; unused where greedy."""
+    targets: Int32 | None = None
+    """[B, R] ids whose log-probability is wanted instead of a draw (prompt tokens), −1 where one is to be drawn."""
+    adjust_ids: Int32 | None = None
+    """[B, P] distinct ids whose logits change before the draw, −1 for padding: ``logit' = (logit > 0 ? logit / factor :
+    logit · factor) + bias``. The reported log-probabilities are the model's own, before it."""
+    adjust_factor: Float32 | None = None
+    """[B, P]"""
+    adjust_bias: Float32 | None = None
+    """[B, P]"""
+    token_mask: Int32 | None = None
+    """[B, R, ceil(V / 32)] bit i % 32 of word i // 32 set where token i may be drawn."""
+    top_n: int = 0
+    """Most likely tokens to report per position."""
     image_features: Float32 | None = None
     """[M, D] embeddings of every image in the chunk, one after the other; None for a chunk without image."""
     image_index: Int32 | None = None
@@ -77,8 +104,12 @@ class StepOutputs:
     """[B, R] sampled ids."""
     logprob: Float32
     """[B, R] natural logarithm of the sampled token's probability in the model's own distribution (temperature 1)."""
+    top_ids: Int32 | None = None
+    """[B, R, top_n] in falling order of probability; None where top_n is 0."""
+    top_logprobs: Float32 | None = None
+    """[B, R, top_n]"""
     logits: Float32 | None = None
-    """[B, R, V], only when asked for."""
+    """[B, R, V], the model's own, only when asked for."""
 
 
 class DecoderRuntime(Protocol):
@@ -93,6 +124,21 @@ class DecoderRuntime(Protocol):
         """Append the valid tokens to the slots' caches and return the tokens drawn at ``logit_positions``.
 
         An image's tokens must lie in one chunk. Raises InternalError where the backend fails.
+        """
+        ...
+
+    def export_slot(self, slot: int, length: int) -> SlotState:
+        """A copy of what ``length`` tokens left in a slot."""
+        ...
+
+    def import_slot(self, slot: int, state: SlotState) -> None:
+        """Put it back, into any slot. A state may be imported many times."""
+        ...
+
+    def max_draft(self, past_len: int, wanted: int) -> int:
+        """How many tokens behind the next one may be computed and then dropped without a trace, at most ``wanted``.
+
+        A window cache evicts in strides; a draft that would cross a stride could not be taken back.
         """
         ...
 
