@@ -19,6 +19,7 @@ _FENCE_STARTS = tuple(f"```{name}\n" for name in ("json", "tool_code", "tool_cal
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _ARGUMENT = re.compile(r"[^\W\d]\w*")
 _NUMBER = re.compile(r"[-+]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
+_NUMBER_CHARACTERS = re.compile(r"[-+.\w]+")
 _WORDS: dict[str, Any] = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)", re.DOTALL)
 _ESCAPES = dict(zip("bfnrtav0", "\b\f\n\r\t\a\v\0", strict=True)) | {mark: mark for mark in "\\/\"'"} | {"\n": ""}
@@ -176,7 +177,7 @@ class CallReader:
             if word not in _WORDS:
                 raise NotACall
             return _WORDS[word]
-        return self._number(self._word(_NUMBER))
+        return _number(self._word(_NUMBER_CHARACTERS))
 
     def _key(self) -> str:
         if self._peek() not in "\"'":
@@ -199,16 +200,6 @@ class CallReader:
         self.position = end + 1
         return _unquote(literal)
 
-    @staticmethod
-    def _number(text: str) -> int | float:
-        try:
-            return int(text)
-        except ValueError:
-            number = float(text)
-        if not math.isfinite(number):  # JSON has no word for it
-            raise NotACall
-        return number
-
     def _list(self, item: Callable[[], Any], close: str, *, opened: bool = False) -> list[Any]:
         """Items between the bracket at `position` (or just before it) and ``close``; a trailing comma is fine."""
         self.position += not opened
@@ -230,8 +221,6 @@ class CallReader:
         """A word whose end is in sight."""
         found = pattern.match(self.text, self.position)
         if found is None:
-            if self.position + 1 >= len(self.text) and self._peek() in "-+.":
-                raise Incomplete(named=self.named)
             raise NotACall
         if found.end() == len(self.text):
             if pattern is _NAME and not any(name.startswith(found[0]) for name in self.functions):
@@ -256,6 +245,18 @@ class CallReader:
     def _space(self) -> None:
         found = _SPACE.match(self.text, self.position)
         self.position = found.end() if found else self.position
+
+
+def _number(text: str) -> int | float:
+    if not _NUMBER.fullmatch(text):
+        raise NotACall
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+    if not math.isfinite(number):  # JSON has no word for it
+        raise NotACall
+    return number
 
 
 def _unquote(literal: str) -> str:

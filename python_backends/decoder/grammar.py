@@ -10,6 +10,7 @@ its own request, so one request's cost and limits never depend on another's.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -28,6 +29,10 @@ MAX_COMPILATIONS = 2
 """At one time, so that a compilation that was given up on costs one core at most this many times."""
 # llguidance recurses over chains of rules and references, up to 13 kB a level; only touched pages are real memory.
 COMPILE_STACK_BYTES = 512 * 2**20
+
+# A schema reaches llguidance inside a Lark text of ours, which its messages quote.
+_SCHEMA_PREFIX = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")
+_SOURCE_LINES = re.compile(r"\n +\d+ \| ")
 
 T = TypeVar("T")
 
@@ -110,7 +115,8 @@ def _bounded(work: Callable[[], T], done: Callable[[], None]) -> T | None:
 
 
 def _explain(matcher: llguidance.LLMatcher) -> str:
-    message = matcher.get_error().replace("<non-verbose/>", "").strip()
+    message = _SOURCE_LINES.split(matcher.get_error(), maxsplit=1)[0].replace("<non-verbose/>", "").strip()
+    message = _SCHEMA_PREFIX.sub("", message)
     if message == "NoExtensionBias":
         return "no answer can satisfy it"
     if message.startswith("Unimplemented keys"):

@@ -1,7 +1,7 @@
 """`response_format` as users write it → the text of an llguidance grammar, or an error that says what is wrong.
 
 OpenAI's forms:   {"type": "text"}   {"type": "json_object"}   {"type": "json_schema", "json_schema": {"schema": {…}}}
-Ours:             {"type": "regex", "regex": "…"}   RE2 syntax, matched from start to end
+Ours:             {"type": "regex", "regex": "…"}   Rust syntax, matched from start to end; digits (\\d) are 0–9
                   {"type": "choice", "choice": ["…", …]}
                   {"type": "grammar", "grammar": "…"}   llguidance's Lark dialect, or GBNF
 
@@ -147,7 +147,7 @@ def _schema(payload: object) -> dict[str, Any]:
 
 
 def _regex(payload: object) -> str:
-    return llguidance.regex_to_lark(_text(payload, "response_format.regex"))
+    return llguidance.regex_to_lark(_text(payload, "response_format.regex"), use_ascii="d")
 
 
 def _choices(payload: object) -> list[str]:
