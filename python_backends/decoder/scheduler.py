@@ -7,6 +7,9 @@ tokens by a known amount.
 Order of admission: the lower ``priority`` value first, then shorter work, then the older. Nobody starves, by two
 bounds: at most ``max_overtakes`` sequences that arrived later are admitted before any sequence that waits, and where
 slots stay taken a running sequence is set aside once it has had ``quantum`` tokens since it was admitted.
+
+The rows of a decode step run from the lowest to the highest slot in use. Sequences take the lowest free slot and are
+moved down one a step while more than half of those rows would be idle, which bounds the padding at one half.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+UNLIMITED = 2**31
 
 Span = tuple[int, int]
 """[start, end) positions of one image's tokens, which are never split by a chunk."""
@@ -65,7 +70,12 @@ class _Work:
     size: int
     length: int
     images: tuple[Span, ...]
-    computed: int = 0
+    boundary: int
+    """A position no chunk crosses; 0 for none."""
+    largest_chunk: int
+    computed: int
+    started: bool = False
+    """Had a slot once, so its place in the queue is not the queue's to bound."""
     slot: int | None = None
     overtaken: int = 0
     """Admissions of sequences that arrived later, while this one waited."""
@@ -114,7 +124,7 @@ class Scheduler:
     @property
     def queued(self) -> tuple[int, ...]:
         """Sequences that never had a slot, oldest first."""
-        return tuple(each for each in self.waiting if not self._waiting[each].computed)
+        return tuple(each for each in self.waiting if not self._waiting[each].started)
 
     @property
     def running(self) -> tuple[int, ...]:
@@ -126,12 +136,21 @@ class Scheduler:
         """Sequences whose prompt is done and that hold a slot."""
         return sum(1 for work in self._running.values() if not work.prefilling)
 
-    def can_add(self) -> bool:
-        """Whether the queue has room; a free slot counts as room."""
-        return len(self.queued) < self._max_queue + len(self._free_slots)
+    def can_add(self, count: int = 1) -> bool:
+        """Whether the queue has room for so many; a free slot counts as room."""
+        return len(self.queued) + count <= self._max_queue + len(self._free_slots)
 
     def add(
-        self, sequence_id: int, prompt_length: int, images: Sequence[Span] = (), *, priority: int = 0, size: int = 0
+        self,
+        sequence_id: int,
+        prompt_length: int,
+        images: Sequence[Span] = (),
+        *,
+        priority: int = 0,
+        size: int = 0,
+        boundary: int = 0,
+        largest_chunk: int = UNLIMITED,
+        computed: int = 0,
     ) -> None:
         """Queue a sequence.
 
@@ -141,13 +160,24 @@ class Scheduler:
             images: in rising order, without overlap.
             priority: lower is sooner.
             size: tokens it may need in all, for shorter work first.
+            boundary: a position that a chunk ends at, so that what is computed up to there can be shared.
+            largest_chunk: tokens of a chunk, whatever the budget.
+            computed: tokens that the caller holds already; it gets a move to put them into the slot.
         """
         if sequence_id in self._waiting or sequence_id in self._running:
             raise ValueError(f"sequence {sequence_id} is here already")
         if prompt_length < 1:
             raise ValueError("a prompt has at least one token")
         self._waiting[sequence_id] = _Work(
-            sequence_id, next(self._arrivals), priority, size, prompt_length, tuple(images)
+            sequence_id,
+            arrival=next(self._arrivals),
+            priority=priority,
+            size=size,
+            length=prompt_length,
+            images=tuple(images),
+            boundary=boundary,
+            largest_chunk=largest_chunk,
+            computed=computed,
         )
 
     def remove(self, sequence_id: int) -> None:
@@ -164,7 +194,7 @@ class Scheduler:
             prefill_budget: most tokens of a chunk; a single image longer than that still goes whole.
         """
         resume = self._admit()
-        set_aside, entered = self._make_room()
+        set_aside, entered = self._make_room() if self._waiting or resume else self._compact()
         moves = (set_aside, resume + entered)
         prefilling = [work for work in self._running.values() if work.prefilling]
         decoding = [work for work in self._running.values() if not work.prefilling]
@@ -228,6 +258,7 @@ class Scheduler:
         work.slot = heapq.heappop(self._free_slots)
         work.since_admission = 0
         work.overtaken = 0
+        work.started = True
         self._running[work.sequence_id] = work
         return (Move(work.sequence_id, work.slot, work.computed),) if work.computed else ()
 
@@ -247,6 +278,23 @@ class Scheduler:
         self._waiting[victim.sequence_id] = victim
         return out, entered
 
+    def _compact(self) -> tuple[Moves, Moves]:
+        """Move the sequence in the highest slot down where more than half of a decode step's rows are idle."""
+        if not self._free_slots or not self._running:
+            return (), ()
+        highest = max(self._running.values(), key=_slot)
+        lowest = min(_slot(work) for work in self._running.values())
+        span = _slot(highest) - lowest + 1
+        target = next((slot for slot in sorted(self._free_slots) if lowest < slot < _slot(highest)), None)
+        if target is None or span <= 2 * len(self._running):
+            return (), ()
+        out = (Move(highest.sequence_id, _slot(highest), highest.computed),)
+        self._free_slots.remove(target)
+        heapq.heapify(self._free_slots)
+        heapq.heappush(self._free_slots, _slot(highest))
+        highest.slot = target
+        return (out, (Move(highest.sequence_id, target, highest.computed),)) if highest.computed else ((), ())
+
     def _may_set_aside(self, running: _Work, waiting: _Work) -> bool:
         """A prompt is never left half computed, and everyone computes something between two moves."""
         assert self._quantum is not None
@@ -260,7 +308,9 @@ class Scheduler:
 
 def _chunk(work: _Work, budget: int) -> Row:
     start = work.computed
-    end = min(work.prompt_length, start + max(1, budget))
+    end = min(work.prompt_length, start + max(1, min(budget, work.largest_chunk)))
+    if start < work.boundary < end:
+        end = work.boundary
     for image_start, image_end in work.images:
         if image_start < end < image_end:
             end = image_start if image_start > start else image_end

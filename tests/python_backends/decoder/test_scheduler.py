@@ -190,6 +190,30 @@ def test_without_a_quantum_nobody_is_set_aside():
     assert {row for _, rows in run(scheduler, 50) for row in rows} == {1}
 
 
+def test_idle_rows_between_far_slots_are_closed_up():
+    scheduler = Scheduler(8, 9)
+    for sequence in range(8):
+        scheduler.add(sequence, 2)
+    run(scheduler, 20)
+    for sequence in range(1, 7):
+        scheduler.remove(sequence)
+    step = scheduler.schedule(4)
+    assert [(move.sequence_id, move.slot) for move in (*step.set_aside, *step.resume)] == [(7, 7), (7, 1)]
+    assert [row.slot for row in step.rows] == [0, 1]
+
+
+def test_a_shared_beginning_ends_a_chunk_and_computed_tokens_are_moved_in():
+    scheduler = Scheduler(2, 9)
+    scheduler.add(0, 10, boundary=9)
+    first = scheduler.schedule(64).rows[0]
+    assert (first.count, first.samples) == (9, False)
+    scheduler.computed(first)
+    scheduler.add(1, 10, computed=9)
+    step = scheduler.schedule(64)
+    assert [(move.sequence_id, move.length) for move in step.resume] == [(1, 9)]
+    assert step.rows[0].count == 1
+
+
 def test_the_queue_is_bounded():
     scheduler = Scheduler(1, 2)
     for sequence in range(3):
