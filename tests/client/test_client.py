@@ -1,0 +1,224 @@
+"""The client library over a real gRPC connection."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from client import AsyncClient, Client
+from python_backends.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidImageError,
+    OverloadedError,
+    ServerUnavailableError,
+    WiCoreError,
+)
+from tests.client.triton_double import Response, counting, endless, piece, serving
+
+
+def test_an_answer_joins_its_pieces_and_keeps_their_figures() -> None:
+    with serving(counting) as server, Client(server.address) as client:
+        answer = client.generate("Hi", request_id="mine")
+    assert answer.text == "Hello world"
+    assert answer.token_ids == (1, 2)
+    assert answer.logprobs == (-0.5, -0.5)
+    assert (answer.finish_reason, answer.request_id) == ("stop", "mine")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 2)
+    assert 0 < answer.ttft_s <= answer.duration_s
+
+
+def test_the_first_piece_arrives_before_the_last_is_made() -> None:
+    asked = threading.Event()
+
+    def waits(values: dict[str, Any]) -> Iterator[Response]:
+        yield piece("first")
+        assert asked.wait(10)
+        yield piece("last", (1,), "stop")
+
+    with serving(waits) as server, Client(server.address) as client:
+        pieces = client.stream("Hi")
+        assert next(pieces).text == "first"
+        asked.set()
+        assert [one.text for one in pieces] == ["last"]
+
+
+def test_every_request_has_an_id_of_its_own() -> None:
+    seen: list[bytes] = []
+
+    def remember(values: dict[str, Any]) -> Iterator[Response]:
+        seen.append(values["request_id"].item())
+        yield piece("x", (1,), "stop")
+
+    with serving(remember) as server, Client(server.address) as client:
+        for _ in range(3):
+            client.generate("Hi")
+    assert len(set(seen)) == 3
+    assert all(seen)
+
+
+def test_one_connection_carries_many_requests_at_once() -> None:
+    together = threading.Barrier(8, timeout=10)
+
+    def meet(values: dict[str, Any]) -> Iterator[Response]:
+        together.wait()
+        yield piece(values["text_input"].item().decode(), (1,), "stop")
+
+    prompts = [f"prompt {number}" for number in range(8)]
+    with serving(meet) as server, Client(server.address) as client, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(client.generate, prompts))
+        assert [answer.text for answer in answers] == prompts
+        assert len(server.peers) == 1
+
+
+def test_closing_a_stream_stops_its_request_at_the_decoder() -> None:
+    with serving(endless) as server, Client(server.address) as client:
+        pieces = client.stream("Hi", request_id="left")
+        next(pieces)
+        begin = time.monotonic()
+        pieces.close()
+        assert time.monotonic() - begin < 1
+        assert server.stop_seen.wait(10)
+    assert server.stopped == ["left"]
+
+
+def test_a_stop_that_overtakes_its_request_is_sent_again() -> None:
+    with serving(endless, unknown_stops=3) as server, Client(server.address) as client:
+        pieces = client.stream("Hi", request_id="slow")
+        next(pieces)
+        pieces.close()
+        assert server.stop_seen.wait(10)
+    assert server.stopped == ["slow"] * 4
+
+
+def test_an_exception_of_the_caller_stops_the_request() -> None:
+    with serving(endless) as server, Client(server.address) as client:
+        with pytest.raises(ZeroDivisionError):
+            [1 / 0 for _ in client.stream("Hi", request_id="broken")]
+        assert server.stop_seen.wait(10)
+    assert server.stopped == ["broken"]
+
+
+def test_a_complete_answer_is_not_stopped() -> None:
+    with serving(counting) as server, Client(server.address) as client:
+        client.generate("Hi")
+        client.close()
+        assert server.stopped == []
+
+
+def test_a_timeout_stops_the_request_and_says_so() -> None:
+    with serving(endless) as server, Client(server.address) as client:
+        with pytest.raises(DeadlineExceededError, match="timeout"):
+            client.generate("Hi", timeout_s=0.2)
+        assert server.stop_seen.wait(10)
+
+
+def test_nobody_at_the_address_is_said_with_the_way_out() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with Client(address) as client:
+            assert not client.ready(timeout_s=1)
+            with pytest.raises(ServerUnavailableError, match="wicore serve"):
+                client.generate("Hi")
+
+
+ERRORS = [
+    ("in ensemble 'gemma3', invalid_image: not a readable PNG", InvalidImageError, "not a readable PNG"),
+    ("overloaded: 256 requests wait", OverloadedError, "256 requests wait"),
+    ("Stub process 'decoder_0_0' is not healthy.", ServerUnavailableError, "restart it"),
+    ("something else", InternalError, "something else"),
+]
+
+
+@pytest.mark.parametrize(("said", "kind", "shown"), ERRORS)
+def test_errors_of_the_server_arrive_as_their_class(said: str, kind: type[WiCoreError], shown: str) -> None:
+    def refuse(values: dict[str, Any]) -> Iterator[Response]:
+        yield Response(error_message=said)
+
+    with serving(refuse) as server, Client(server.address) as client:
+        with pytest.raises(kind, match=shown):
+            client.generate("Hi")
+        client.close()
+        assert server.stopped == []
+
+
+def test_an_answer_that_ends_early_gives_its_text_and_then_raises() -> None:
+    def too_slow(values: dict[str, Any]) -> Iterator[Response]:
+        yield piece("half ")
+        yield piece("an answer", (1,), "deadline", "deadline_exceeded")
+
+    with serving(too_slow) as server, Client(server.address) as client:
+        heard: list[str] = []
+        with pytest.raises(DeadlineExceededError):
+            heard.extend(one.text for one in client.stream("Hi"))
+        pieces = client.stream("Hi")
+        assert [next(pieces).text, next(pieces).text] == ["half ", "an answer"]
+
+
+def test_a_stream_that_breaks_off_is_an_error() -> None:
+    def broken(values: dict[str, Any]) -> Iterator[Response]:
+        yield piece("half")
+
+    with serving(broken) as server, Client(server.address) as client, pytest.raises(ServerUnavailableError):
+        client.generate("Hi")
+
+
+def test_asyncio_answers_at_once_over_one_connection() -> None:
+    async def ask(address: str) -> list[str]:
+        async with AsyncClient(address) as client:
+            assert await client.ready()
+            answers = await asyncio.gather(*(client.generate(f"{number}") for number in range(20)))
+            return [answer.text for answer in answers]
+
+    with serving(counting) as server:
+        assert asyncio.run(ask(server.address)) == ["Hello world"] * 20
+        assert len(server.peers) == 1
+
+
+def test_cancelling_a_task_stops_its_request() -> None:
+    async def leave(address: str) -> None:
+        async with AsyncClient(address) as client:
+            task = asyncio.create_task(client.generate("Hi", request_id="cancelled"))
+            await asyncio.sleep(0.2)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    with serving(endless) as server:
+        asyncio.run(leave(server.address))
+        assert server.stopped == ["cancelled"]
+
+
+def test_leaving_an_async_stream_stops_its_request() -> None:
+    async def leave(address: str) -> str:
+        async with AsyncClient(address) as client, aclosing(client.stream("Hi", request_id="left")) as pieces:
+            async for one in pieces:
+                return one.text
+        return ""
+
+    with serving(endless, unknown_stops=1) as server:
+        assert asyncio.run(leave(server.address)) == "0 "
+        assert server.stopped == ["left", "left"]
+
+
+def test_asyncio_raises_the_same_exceptions() -> None:
+    def refuse(values: dict[str, Any]) -> Iterator[Response]:
+        yield Response(error_message="in ensemble 'gemma3', invalid_image: broken")
+
+    async def ask(address: str) -> None:
+        async with AsyncClient(address) as client:
+            await client.generate("Hi")
+
+    with serving(refuse) as server, pytest.raises(InvalidImageError, match="broken"):
+        asyncio.run(ask(server.address))
+    with pytest.raises(ServerUnavailableError, match="wicore serve"):
+        asyncio.run(ask("127.0.0.1:1"))

@@ -1,0 +1,128 @@
+"""What the client sends is what the contract declares."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from client.request import encoded, generate_request, infer_request, stop_request
+from python_backends import contract
+from python_backends.errors import (
+    EmptyPromptError,
+    InvalidImageError,
+    InvalidMessagesError,
+    InvalidParameterError,
+    InvalidTextError,
+)
+from tests.client.triton_double import values_of
+
+ENSEMBLE = contract.MODELS[contract.ENSEMBLE]
+
+
+def sent(prompt: str | None = "Hi", messages: Any = None, images: Any = (), **options: Any) -> dict[str, Any]:
+    return values_of(generate_request(prompt, messages, images, "id", options))
+
+
+@given(st.text())
+def test_any_text_arrives_as_it_was(text: str) -> None:
+    assert sent(text)["text_input"].item().decode() == text
+
+
+@given(
+    max_tokens=st.integers(1, 2**31 - 1),
+    seed=st.integers(0, 2**64 - 1),
+    temperature=st.floats(0, 100, width=32),
+    stop=st.lists(st.text(min_size=1), max_size=4),
+    stop_token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=4),
+    ignore_eos=st.booleans(),
+)
+def test_options_keep_their_values(stop: list[str], stop_token_ids: list[int], **scalars: Any) -> None:
+    values = sent(stop=stop, stop_token_ids=stop_token_ids, **scalars)
+    for name, value in scalars.items():
+        assert values[name].shape == (1, 1)
+        assert values[name].item() == value
+    assert [item.decode() for item in values["stop"][0]] == stop
+    assert values["stop_token_ids"].shape == (1, len(stop_token_ids))
+    assert values["stop_token_ids"][0].tolist() == stop_token_ids
+
+
+def test_what_is_left_out_is_not_sent() -> None:
+    assert set(sent(max_tokens=None)) == {"text_input", "stream", "request_id"}
+
+
+def test_messages_travel_as_json_with_their_characters() -> None:
+    messages = [{"role": "user", "content": "图中有什么？"}]
+    assert json.loads(sent(None, messages)["messages"].item()) == messages
+
+
+def test_pictures_travel_as_files_bytes(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (5, 4), "red")
+    path = tmp_path / "picture.png"
+    picture.save(path)
+    data = path.read_bytes()
+    images = sent(images=[str(path), path, data, picture])["image"]
+    assert images.shape == (1, 4)
+    assert images[0, :3].tolist() == [data] * 3
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(images[0, 3]))), np.asarray(picture))
+
+
+def test_a_stop_goes_to_the_decoder() -> None:
+    request = stop_request("abc")
+    assert request.model_name == contract.DECODER
+    assert {name: value.item() for name, value in values_of(request).items()} == {
+        "request_id": b"abc",
+        "command": b"stop",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_tokens": 2**31}, "does not fit int32"),
+        ({"max_tokens": 1.5}, "does not fit int32"),
+        ({"seed": -1}, "seed"),
+        ({"temperature": "warm"}, "temperature cannot be 'warm'"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids"),
+        ({"tempreature": 1.0}, "did you mean temperature"),
+    ],
+)
+def test_values_that_cannot_be_sent_are_named(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(InvalidParameterError, match=match):
+        sent(**options)
+
+
+def test_half_of_a_surrogate_pair_is_not_text() -> None:
+    with pytest.raises(InvalidTextError, match="text_input"):
+        sent("\ud800")
+
+
+def test_a_prompt_or_messages_but_not_both() -> None:
+    with pytest.raises(EmptyPromptError):
+        sent(None)
+    with pytest.raises(EmptyPromptError):
+        sent("Hi", [{"role": "user", "content": "Hi"}])
+
+
+def test_messages_that_json_cannot_hold_are_refused() -> None:
+    with pytest.raises(InvalidMessagesError):
+        sent(None, [{"role": "user", "content": {1, 2}}])
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(InvalidImageError, match=r"nothing\.png"):
+        encoded("nothing.png")
+
+
+def test_every_implemented_input_of_the_contract_can_be_sent() -> None:
+    samples = {"TYPE_STRING": "x", "TYPE_BOOL": True, "TYPE_FP32": 0.5}
+    values = {tensor.name: samples.get(tensor.dtype, 3) for tensor in ENSEMBLE.inputs}
+    decoded = values_of(infer_request(ENSEMBLE, values, "id"))
+    assert set(decoded) == {tensor.name for tensor in ENSEMBLE.inputs}
