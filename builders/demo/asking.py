@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from builders.demo.drawing import COLOURS, KINDS, Scene, Shape
 from builders.demo.language import Language
 
-RELATION_MARGIN = 0.12  # least difference of two centres before left/right/above/below is asked
-SIZE_RATIO = 1.3  # least ratio of two sizes before they are compared
-RADIUS_RATIO = 1.1  # and of their circumradii, so that no star looks larger than it is
+RELATION_MARGIN = 0.15  # least difference of two centres before left/right/above/below is asked
+SIZE_RATIO = 1.4  # least ratio of two sizes before they are compared
+RADIUS_RATIO = 1.15  # and of their circumradii, so that no star looks larger than it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What an asker may look at; ``scene`` is the picture asked about, ``which`` 0 for the last one, 1 or 2 by number."""
+    """What an asker may look at: ``scene`` is the picture asked about, ``which`` its number or 0 for the last one."""
 
     rng: random.Random
     language: Language
@@ -114,6 +114,7 @@ def _random_spec(view: View) -> Spec:
 
 
 def describe(view: View) -> Asked:
+    """List every shape."""
     shapes = list(view.scene.shapes)
     key = "describe_one" if len(shapes) == 1 else "describe"
     answer = view.say(key, n=len(shapes), list=view.listing(shapes))
@@ -122,6 +123,7 @@ def describe(view: View) -> Asked:
 
 
 def count_answer(view: View, spec: Spec) -> str:
+    """The answer to how many ``spec`` names."""
     count = len(matching(view.scene, spec))
     if count == 0:
         return view.say("count_none", many=view.word(spec, plural=True))
@@ -129,6 +131,7 @@ def count_answer(view: View, spec: Spec) -> str:
 
 
 def count(view: View) -> Asked | None:
+    """How many of something there are."""
     spec = Spec() if view.rng.random() < 0.35 else _random_spec(view)
     found = matching(view.scene, spec)
     key = "count_total" if spec == Spec() and view.rng.random() < 0.4 else "count"
@@ -141,6 +144,7 @@ def _absent(view: View, spec: Spec) -> str:
 
 
 def colour_of(view: View) -> Asked | None:
+    """The colour of a kind of shape."""
     spec = Spec(kind=view.rng.choice(KINDS))
     found = matching(view.scene, spec)
     if len(found) > 1 or (not found and view.rng.random() < 0.7):
@@ -164,6 +168,7 @@ def _at_place(view: View, key: str, answer: Callable[[Shape], str]) -> Asked | N
 
 
 def colour_at(view: View) -> Asked | None:
+    """The colour of what is at a place."""
     return _at_place(view, "colour_at", lambda shape: view.say("it_is_colour", c=view.colour(shape)))
 
 
@@ -173,6 +178,7 @@ def _is_shape(view: View, shape: Shape) -> str:
 
 
 def shape_at(view: View) -> Asked | None:
+    """The kind of what is at a place."""
     return _at_place(view, "shape_at", lambda shape: _is_shape(view, shape))
 
 
@@ -182,10 +188,12 @@ def _a_thing(view: View, shape: Shape) -> str:
 
 
 def what_at(view: View) -> Asked | None:
+    """Colour and kind of what is at a place."""
     return _at_place(view, "what_at", lambda shape: _a_thing(view, shape))
 
 
 def shape_of(view: View) -> Asked | None:
+    """The kind of the one shape of a colour."""
     shape = view.rng.choice(view.scene.shapes)
     if len(view.scene.find(colour=shape.colour)) > 1:
         return None
@@ -196,6 +204,7 @@ def shape_of(view: View) -> Asked | None:
 
 
 def where(view: View) -> Asked | None:
+    """The place of a shape."""
     if view.rng.random() < 0.06:
         spec = _random_spec(view)
         if matching(view.scene, spec):
@@ -215,6 +224,7 @@ def clearly_larger(first: Shape, second: Shape) -> bool:
 
 
 def extreme(view: View) -> Asked | None:
+    """The largest or smallest shape."""
     key = view.rng.choice(("largest", "smallest"))
     ordered = sorted(view.scene.shapes, key=lambda shape: shape.size, reverse=key == "largest")
     best = ordered[0]
@@ -236,6 +246,7 @@ def _pair(view: View) -> tuple[Shape, Shape, Spec, Spec] | None:
 
 
 def which_larger(view: View) -> Asked | None:
+    """Which of two shapes is larger or smaller."""
     pair = _pair(view)
     if pair is None:
         return None
@@ -250,6 +261,7 @@ def which_larger(view: View) -> Asked | None:
 
 
 def relation(view: View) -> Asked | None:
+    """Whether one shape is left of, above … or larger than another."""
     pair = _pair(view)
     if pair is None:
         return None
@@ -271,6 +283,7 @@ def relation(view: View) -> Asked | None:
 
 
 def exist_answer(view: View, spec: Spec) -> str:
+    """The answer to whether there is any that ``spec`` names."""
     found = len(matching(view.scene, spec))
     if found == 0:
         return view.say("exist_none", the=view.word(spec))
@@ -279,6 +292,7 @@ def exist_answer(view: View, spec: Spec) -> str:
 
 
 def exist(view: View) -> Asked | None:
+    """Whether there is something of that name."""
     spec = _random_spec(view)
     found = matching(view.scene, spec)
     slots = {"a": view.a(spec, asking=True), "the": view.word(spec, asking=True)}
@@ -287,6 +301,7 @@ def exist(view: View) -> Asked | None:
 
 
 def is_at(view: View) -> Asked | None:
+    """Whether a shape is at a place."""
     shape = view.rng.choice(view.scene.shapes)
     named = _named(view, shape)
     if named is None:
@@ -297,6 +312,7 @@ def is_at(view: View) -> Asked | None:
 
 
 def is_colour(view: View) -> Asked | None:
+    """Whether a shape has a colour."""
     shape = view.rng.choice(view.scene.shapes)
     named = _named(view, shape, "kind")
     if named is None:
@@ -308,6 +324,7 @@ def is_colour(view: View) -> Asked | None:
 
 
 def same_colour(view: View) -> Asked | None:
+    """Whether two shapes have one colour."""
     if len(view.scene.shapes) < 2:
         return None
     first, second = view.rng.sample(view.scene.shapes, 2)
@@ -322,6 +339,7 @@ def same_colour(view: View) -> Asked | None:
 
 
 def more(view: View) -> Asked | None:
+    """Whether there are more of one than of another."""
     if view.rng.random() < 0.5:
         first, second = (Spec(kind=kind) for kind in view.rng.sample(KINDS, 2))
     else:

@@ -48,14 +48,14 @@ CIRCUMRADIUS = {
     "triangle": math.sqrt(4 / (3 * math.sqrt(3))),
     "star": math.sqrt(1 / _STAR_AREA),
 }
-MIN_SIZE, MAX_SIZE = 0.12, 0.5
-PLACE_MARGIN = 0.035  # least distance of a centre from the lines between places
+MIN_SIZE, MAX_SIZE = 0.2, 0.5
+PLACE_MARGIN = 0.05  # least distance of a centre from the lines between places
 TIE_MARGIN = 0.1  # least distance, across, of two centres in one place: reading order stays clear
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One shape: ``x``, ``y`` its centre in [0, 1], ``size`` the root of its area over the shorter side, angle in rad."""
+    """One shape: centre ``x``, ``y`` in [0, 1]; ``size`` the root of its area over the shorter side; angle in rad."""
 
     kind: str
     colour: str
@@ -78,7 +78,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture to draw: ``width`` × ``height`` pixels; ``shapes`` in reading order by place, then from left to right."""
+    """A picture to draw, ``width`` × ``height`` pixels; ``shapes`` in reading order by place, then left to right."""
 
     width: int
     height: int
@@ -180,13 +180,13 @@ def _shapes(rng: random.Random, count: int, width: int, height: int) -> list[Sha
 
 
 def _canvas(rng: random.Random) -> tuple[int, int]:
-    """Width and height in pixels: 128 … 512 along the shorter side's usual range, up to 8:5 wide or tall."""
+    """Width and height in pixels: 128 … 512 along the shorter side's usual range, up to 7:5 wide or tall."""
     side = (
         rng.choice((128, 160, 192, 224, 256, 256, 256, 320, 384, 512)) if rng.random() < 0.5 else rng.randint(128, 320)
     )
     if rng.random() < 0.55:
         return side, side
-    other = round(side * rng.uniform(1.0, 1.6))
+    other = round(side * rng.uniform(1.0, 1.4))
     return (side, other) if rng.random() < 0.5 else (other, side)
 
 
@@ -200,7 +200,7 @@ def sample_scene(rng: random.Random, count: int | None = None) -> Scene:
         if shapes and background:
             break
     noise = rng.choices(("none", "fine", "grey", "blotches"), (50, 18, 16, 16))[0]
-    return Scene(width, height, background, noise, rng.randint(4, 50), rng.getrandbits(32), tuple(shapes))
+    return Scene(width, height, background, noise, rng.randint(4, 40), rng.getrandbits(32), tuple(shapes))
 
 
 def _noisy_background(scene: Scene) -> Image.Image:
@@ -252,17 +252,3 @@ def model_pixels(picture: Image.Image, side: int) -> npt.NDArray[np.uint8]:
     """``picture`` as the image processor resizes it: (side, side, 3) uint8, before rescaling and normalising."""
     resized = picture if picture.size == (side, side) else picture.resize((side, side), Image.Resampling.BILINEAR)
     return np.asarray(resized, np.uint8)
-
-
-def cell_labels(scene: Scene, cells: int) -> npt.NDArray[np.int64]:
-    """What covers each of ``cells`` × ``cells`` equal cells: 0 background, else 1 + kind · 8 + colour. Row-major."""
-    labels = np.zeros((cells, cells), np.int64)
-    middle = (np.arange(cells) + 0.5) / cells
-    short = min(scene.width, scene.height)
-    for shape in scene.shapes:
-        code = 1 + KINDS.index(shape.kind) * len(COLOURS) + COLOURS.index(shape.colour)
-        reach = shape.radius * 0.7 * short
-        dx, dy = (middle - shape.x) * scene.width / reach, (middle - shape.y) * scene.height / reach
-        labels[dx[None, :] ** 2 + dy[:, None] ** 2 <= 1] = code
-        labels[int(shape.y * cells), int(shape.x * cells)] = code
-    return labels.reshape(-1)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import Progress
 
 from builders.demo.drawing import render
 from builders.demo.questions import HELD_OUT, Conversation, Turn, conversation
@@ -103,7 +103,7 @@ def _user_message(turn: Turn) -> Message:
 def request(talk: Conversation, number: int, answers: Sequence[str], images: Sequence[Image.Image]) -> Request:
     """The chat messages up to and with the question of turn ``number``, and the pictures they refer to, in order.
 
-    Each message is ``{"role", "content"}``; content is a list of ``{"type": "text", "text"}`` and ``{"type": "image"}``.
+    A message is ``{"role", "content"}``; content is a list of ``{"type": "text", "text"}`` and ``{"type": "image"}``.
     ``answers`` are the answers given to the turns before.
     """
     messages: list[Message] = []
@@ -121,10 +121,18 @@ def evaluate_batches(answer_batch: BatchAnswerFn, n: int, seed: int, batch: int,
     """Ask ``n`` held-out conversations, ``batch`` questions at a time: all first turns, then all second turns …"""
     report = EvalReport(n, seed)
     talks = [conversation(HELD_OUT, seed, index) for index in range(n)]
+    total = sum(len(talk.turns) for talk in talks)
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("questions", total=total)
+        _ask_all(answer_batch, batch, report, talks, lambda count: bar.advance(task, count))
+    return report
+
+
+def _ask_all(
+    answer_batch: BatchAnswerFn, batch: int, report: EvalReport, talks: list[Conversation], done: Callable[[int], None]
+) -> None:
     images = [[render(scene) for scene in talk.scenes] for talk in talks]
     answers: list[list[str]] = [[] for _ in talks]
-    total = sum(len(talk.turns) for talk in talks)
-    bar = tqdm(total=total, unit="question", disable=not progress or not sys.stderr.isatty())
     for number in range(max((len(talk.turns) for talk in talks), default=0)):
         # Requests of like length together: fewer padded tokens.
         waiting = [index for index, talk in enumerate(talks) if number < len(talk.turns)]
@@ -135,10 +143,7 @@ def evaluate_batches(answer_batch: BatchAnswerFn, n: int, seed: int, batch: int,
             for index, answer in zip(chosen, said, strict=True):
                 answers[index].append(answer)
                 report.add(talks[index], index, number, answer)
-            bar.update(len(chosen))
-            bar.set_postfix_str(f"{100 * report.accuracy:.2f} % right")
-    bar.close()
-    return report
+            done(len(chosen))
 
 
 def evaluate(answer_fn: AnswerFn, n: int, seed: int = 0, progress: bool = True) -> EvalReport:
@@ -177,7 +182,7 @@ def transformers_answerer(checkpoint: Path, device: str = "cpu", quantize: str |
     return answer
 
 
-def run_transformers(
+def run_transformers(  # noqa: PLR0917
     checkpoint: Path, n: int = 1000, seed: int = 0, batch: int = 32, device: str = "cpu", quantize: str | None = None
 ) -> EvalReport:
     """Evaluate ``checkpoint`` by greedy decoding in transformers on ``n`` held-out conversations of ``seed``.
@@ -193,13 +198,13 @@ def run_transformers(
     return evaluate_batches(transformers_answerer(checkpoint, device, quantize), n, seed, batch)
 
 
-def sample_picture(seed: int) -> tuple[Image.Image, str, str]:
-    """One held-out picture with a question about it in English and the right answer."""
+def sample_picture(seed: int, language: str = "en") -> tuple[Image.Image, str, str]:
+    """One held-out picture with a question about it in ``language`` ("en" or "zh") and the right answer."""
     rng = random.Random(f"sample/{seed}")
     while True:
         talk = conversation(HELD_OUT, seed, rng.randrange(2**32))
         turn = talk.turns[0]
-        if turn.pictures == 1 and turn.language == "en" and turn.user:
+        if turn.pictures == 1 and turn.language == language and turn.user:
             return render(talk.scenes[0]), turn.user, turn.answer
 
 

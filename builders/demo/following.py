@@ -24,14 +24,17 @@ def _it(view: View, key: str) -> Asked | None:
 
 
 def its_colour(view: View) -> Asked | None:
+    """The colour of "it"."""
     return _it(view, "what_colour")
 
 
 def its_place(view: View) -> Asked | None:
+    """The place of "it"."""
     return _it(view, "where_is_it")
 
 
 def its_shape(view: View) -> Asked | None:
+    """The kind of "it"."""
     return _it(view, "what_shape")
 
 
@@ -108,6 +111,7 @@ def _shared_spec(view: View, scenes: tuple[Scene, ...]) -> Spec:
 
 
 def which_more(view: View) -> Asked | None:
+    """Which picture has more of something."""
     spec = Spec() if view.rng.random() < 0.5 else _shared_spec(view, view.others)
     n, m = (len(matching(scene, spec)) for scene in view.others)
     question = view.rng.choice(view.language.questions["which_more"]).format(many=view.word(spec, True, asking=True))
@@ -116,6 +120,7 @@ def which_more(view: View) -> Asked | None:
 
 
 def both_have(view: View) -> Asked | None:
+    """Whether both pictures have something."""
     spec = _shared_spec(view, view.others)
     first, second = (bool(matching(scene, spec)) for scene in view.others)
     words = {"a": view.a(spec, asking=True), "the": view.word(spec, asking=True)}
@@ -125,6 +130,7 @@ def both_have(view: View) -> Asked | None:
 
 
 def sum_both(view: View) -> Asked | None:
+    """How many there are in each picture and in both."""
     spec = Spec() if view.rng.random() < 0.6 else _shared_spec(view, view.others)
     n, m = (len(matching(scene, spec)) for scene in view.others)
     question = view.rng.choice(view.language.questions["sum"]).format(many=view.word(spec, True, asking=True))

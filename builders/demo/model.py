@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-IMAGE_SIZE = 128
+IMAGE_SIZE = 96
 PATCH_SIZE = 8
-MM_TOKENS_PER_IMAGE = 64
+MM_TOKENS_PER_IMAGE = 36
 VOCAB_SIZE = 1024
 PAD, EOS, BOS = 0, 1, 2
 START_OF_TURN, END_OF_TURN, START_OF_IMAGE, END_OF_IMAGE = 5, 6, 7, 8
@@ -29,7 +29,7 @@ TEXT_CONFIG: dict[str, Any] = {
     "hidden_activation": "gelu_pytorch_tanh",
     "hidden_size": 192,
     "initializer_range": 0.02,
-    "intermediate_size": 384,
+    "intermediate_size": 256,
     "max_position_embeddings": 8192,
     "model_type": "gemma3_text",
     "num_attention_heads": 4,
@@ -42,7 +42,7 @@ TEXT_CONFIG: dict[str, Any] = {
         "full_attention": {"factor": 8.0, "rope_theta": 1000000.0, "rope_type": "linear"},
         "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
     },
-    "sliding_window": 64,
+    "sliding_window": 48,
     "sliding_window_pattern": 6,
     "tie_word_embeddings": True,
     "use_cache": True,
@@ -54,12 +54,12 @@ VISION_CONFIG: dict[str, Any] = {
     "hidden_act": "gelu_pytorch_tanh",
     "hidden_size": 128,
     "image_size": IMAGE_SIZE,
-    "intermediate_size": 384,
+    "intermediate_size": 256,
     "layer_norm_eps": 1e-06,
     "model_type": "siglip_vision_model",
     "num_attention_heads": 4,
     "num_channels": 3,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "patch_size": PATCH_SIZE,
     "vision_use_head": False,
 }

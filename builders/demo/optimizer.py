@@ -1,9 +1,10 @@
+# mypy: disable-error-code="misc, untyped-decorator"
 """Muon for the matrices inside the layers, AdamW for everything else."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ def orthogonalize(updates: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Newton-Schulz: (n, rows, columns) matrices with their singular values brought near 1."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = updates.shape[-2] > updates.shape[-1]
-    x = updates.to(torch.bfloat16 if updates.is_cuda else torch.float32)
+    x = updates.to(torch.bfloat16)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -34,7 +35,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
         """Update every matrix from its gradient."""
         for group in self.param_groups:
             params: list[nn.Parameter] = group["params"]
@@ -50,12 +51,14 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, list(update.unbind(0)), alpha=-scale)
 
 
-def build_optimizers(model: nn.Module, extra: nn.Module, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon and AdamW over the parameters of ``model`` and of the helper head ``extra``."""
+def build_optimizers(
+    named: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of layers among the ``named`` parameters, AdamW for the others."""
     matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = list(extra.parameters())
-    for name, parameter in model.named_parameters():
+    plain: list[nn.Parameter] = []
+    for name, parameter in named:
         if parameter.ndim == 2 and ".layers." in name:
             matrices.append(parameter)
         elif parameter.ndim >= 2:
@@ -64,6 +67,6 @@ def build_optimizers(model: nn.Module, extra: nn.Module, lr: float, weight_decay
             plain.append(parameter)
     adam = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
-        lr=lr, betas=(0.9, 0.98), eps=1e-9, fused=next(model.parameters()).is_cuda,
+        lr=lr, betas=(0.9, 0.98), eps=1e-9, fused=True,
     )  # fmt: skip
     return [Muon(matrices, lr=lr, momentum=0.95, weight_decay=weight_decay), adam]

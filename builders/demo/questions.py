@@ -16,7 +16,8 @@ from builders.demo.english import ENGLISH
 from builders.demo.following import IT_ASKERS, PAIR_ASKERS, repeat
 from builders.demo.language import Language
 
-TRAINING, HELD_OUT = "train", "held-out"
+TRAINING, VALIDATION, HELD_OUT = "train", "validation", "held-out"
+PAIRS = 0.28  # share of conversations about two pictures
 LANGUAGES = (ENGLISH, CHINESE)
 LANGUAGE_OF = {language.name: language for language in LANGUAGES}
 REPEATABLE = ("colour_of", "where", "count", "exist", "shape_at", "what_at", "colour_at")
@@ -138,21 +139,24 @@ class _Dialogue:
 
 
 def _length(rng: random.Random) -> int:
-    shortest, longest = rng.choices(((1, 1), (2, 4), (5, 8), (9, 14)), (20, 40, 30, 10))[0]
+    shortest, longest = rng.choices(((1, 1), (2, 4), (5, 8), (9, 12)), (20, 42, 30, 8))[0]
     return rng.randint(shortest, longest)
 
 
-def conversation(stream: str, seed: int, index: int) -> Conversation:
-    """Conversation number ``index`` of ``stream`` (`TRAINING` or `HELD_OUT`) under ``seed``."""
+def conversation(stream: str, seed: int, index: int, turns_least: int = 1, pairs: float = PAIRS) -> Conversation:
+    """Conversation number ``index`` of ``stream`` (such as `TRAINING`) under ``seed``.
+
+    It has at least ``turns_least`` turns and, with probability ``pairs``, two pictures; evaluation keeps the defaults.
+    """
     rng = random.Random(f"{stream}/{seed}/{index}")
     if rng.random() < 0.04:
         scenes: tuple[Scene, ...] = ()
     else:
-        scenes = tuple(sample_scene(rng) for _ in range(1 if rng.random() < 0.72 else 2))
+        scenes = tuple(sample_scene(rng) for _ in range(2 if rng.random() < pairs else 1))
     dialogue = _Dialogue(rng, scenes)
     turns: list[Turn] = []
     together = len(scenes) == 2 and rng.random() < 0.65
-    for _ in range(max(_length(rng), 1 if not scenes or together else len(scenes))):
+    for _ in range(max(_length(rng), turns_least, 1 if not scenes or together else len(scenes))):
         if turns and rng.random() < 0.06:
             dialogue.language = rng.choice(LANGUAGES)
             dialogue.last = None

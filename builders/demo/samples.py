@@ -1,3 +1,4 @@
+# mypy: disable-error-code="misc, untyped-decorator"
 """Conversations as training batches: token ids, labels on the model's turns alone, several conversations in one row.
 
 Rows hold whole conversations one after another; ``document`` tells them apart and positions restart with each, so
@@ -6,6 +7,7 @@ packing changes nothing for the model (see `train.attention_masks`).
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,8 @@ import torch
 from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset, get_worker_info
 
-from builders.demo.drawing import cell_labels, model_pixels, render
+from builders.demo.cells import HEADS, IGNORED, cell_labels
+from builders.demo.drawing import model_pixels, render, sample_scene
 from builders.demo.model import (
     END_OF_IMAGE,
     END_OF_TURN,
@@ -25,13 +28,15 @@ from builders.demo.model import (
     MM_TOKENS_PER_IMAGE,
     START_OF_TURN,
 )
-from builders.demo.questions import TRAINING, Conversation, Turn, conversation
+from builders.demo.questions import PAIRS, TRAINING, Conversation, Turn, conversation
 
-IGNORED = -100
 NEWLINE = 9
+CATEGORIES = (
+    "describe", "count", "colour", "shape", "where", "size", "relation", "exist", "compare", "follow", "two", "talk",
+)  # fmt: skip
+MANY = 64  # more turns than any conversation has, and more than there are categories
 CELLS = round(MM_TOKENS_PER_IMAGE**0.5)
-PICTURES_PER_ROW = 4.5  # room for pictures in a batch, per row
-WAITING = 12  # conversations that found no room in a batch before it is called full; they go into the next
+WAITING = 6  # conversations that found no room in a batch before it is called full; they go into the next
 PICTURE = "\n\n<start_of_image><end_of_image>\n\n"
 Batch = dict[str, torch.Tensor]
 
@@ -54,23 +59,28 @@ def chat_text(talk: Conversation) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One conversation: ``ids`` and ``labels`` (next-token targets, `IGNORED` outside answers), both (length,)."""
+    """One conversation: ``ids``, ``labels`` (next-token targets, `IGNORED` outside answers) and ``question`` (which of
+    `CATEGORIES` the turn asks, + 64 · number of the turn), all (length,).
+    """
 
     ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
+    question: npt.NDArray[np.int64]
     pixels: list[npt.NDArray[np.uint8]]
     cells: list[npt.NDArray[np.int64]]
 
 
-def encode_text(tokenizer: Tokenizer, talk: Conversation) -> tuple[list[int], list[int]]:
-    """Token ids, with the image tokens in place, and next-token labels of the same length."""
+def encode_text(tokenizer: Tokenizer, talk: Conversation) -> tuple[list[int], list[int], list[int]]:
+    """Token ids with the image tokens in place, next-token labels, and the turn's number, each of the same length."""
     ids: list[int] = []
     labels: list[int] = []
+    turns: list[int] = []
     speaker, answering = 0, False
     for token in tokenizer.encode(chat_text(talk), add_special_tokens=False).ids:
         if token == END_OF_IMAGE:
             ids += [IMAGE_SOFT_TOKEN] * MM_TOKENS_PER_IMAGE
             labels += [IGNORED] * MM_TOKENS_PER_IMAGE
+            turns += [max(0, speaker - 1) // 2] * MM_TOKENS_PER_IMAGE
         if labels and answering:
             labels[-1] = token
         ids.append(token)
@@ -81,39 +91,43 @@ def encode_text(tokenizer: Tokenizer, talk: Conversation) -> tuple[list[int], li
             answering = True
         elif token == END_OF_TURN:
             answering = False
-    return ids, labels
+        turns.append(max(0, speaker - 1) // 2)
+    return ids, labels, turns
 
 
 def encode(tokenizer: Tokenizer, talk: Conversation, longest: int) -> Encoded:
     """``talk`` with its pictures drawn; trailing turns are left off until it fits ``longest`` tokens."""
-    ids, labels = encode_text(tokenizer, talk)
-    while len(ids) > longest:
-        turns = talk.turns[:-1]
-        shown = sum(turn.pictures for turn in turns)
-        talk = Conversation(talk.scenes[:shown], turns, talk.system)
-        ids, labels = encode_text(tokenizer, talk)
+    ids, labels, turns = encode_text(tokenizer, talk)
+    if len(ids) > longest:
+        kept = talk.turns[: max(1, turns[longest])]
+        shown = sum(turn.pictures for turn in kept)
+        talk = Conversation(talk.scenes[:shown], kept, talk.system)
+        ids, labels, turns = encode_text(tokenizer, talk)
+    question = [CATEGORIES.index(talk.turns[turn].category) + MANY * turn for turn in turns]
     pixels = [model_pixels(render(scene), IMAGE_SIZE) for scene in talk.scenes]
     cells = [cell_labels(scene, CELLS) for scene in talk.scenes]
-    return Encoded(np.asarray(ids, np.int64), np.asarray(labels, np.int64), pixels, cells)
+    as_array = [np.asarray(values, np.int64) for values in (ids, labels, question)]
+    return Encoded(as_array[0], as_array[1], as_array[2], pixels, cells)
 
 
 @dataclass
 class Packer:
-    """Fills ``rows`` rows of ``length`` tokens with whole conversations."""
+    """Fills ``rows`` rows of ``length`` tokens with whole conversations, of at most ``room`` pictures."""
 
     rows: int
     length: int
+    room: int
     used: list[int] = field(default_factory=list)
     pictures: int = 0
 
     def __post_init__(self) -> None:
         shape = (self.rows, self.length)
-        room = int(self.rows * PICTURES_PER_ROW)
         self.used = [0] * self.rows
         self.ids, self.position, self.document = (np.zeros(shape, np.int64) for _ in range(3))
         self.labels, self.feature = np.full(shape, IGNORED, np.int64), np.full(shape, -1, np.int64)
-        self.pixels = np.zeros((room, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        self.cells = np.full((room, MM_TOKENS_PER_IMAGE), IGNORED, np.int64)
+        self.question = np.zeros(shape, np.int64)
+        self.pixels = np.zeros((self.room, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        self.cells = np.full((self.room, MM_TOKENS_PER_IMAGE, len(HEADS)), IGNORED, np.int64)
         self.documents = 0
 
     def add(self, talk: Encoded) -> bool:
@@ -128,6 +142,7 @@ class Packer:
         span = slice(self.used[row], self.used[row] + size)
         self.ids[row, span], self.labels[row, span] = talk.ids, talk.labels
         self.position[row, span], self.document[row, span] = np.arange(size), self.documents
+        self.question[row, span] = talk.question + MANY * MANY * self.documents
         soft = np.flatnonzero(talk.ids == IMAGE_SOFT_TOKEN)
         self.feature[row, self.used[row] + soft] = self.pictures * MM_TOKENS_PER_IMAGE + np.arange(len(soft))
         for pixels, cells in zip(talk.pixels, talk.cells, strict=True):
@@ -137,33 +152,62 @@ class Packer:
         return True
 
     def batch(self) -> Batch:
-        """The rows as tensors: ids, labels, position, document, feature (rows, length) int64; pixels (n, 3, H, W) uint8;
-        cells (n, image tokens) int64. ``feature`` indexes the flattened image features, −1 at text.
+        """The rows as tensors: ids, labels, position, document, feature, question (rows, length) int64;
+        pixels (n, 3, H, W) uint8; cells (n, image tokens, labels) int64. ``feature`` indexes the flattened image
+        features and is −1 at text.
         """
         arrays = {
             "ids": self.ids, "labels": self.labels, "position": self.position, "document": self.document,
-            "feature": self.feature, "cells": self.cells, "pixels": self.pixels.transpose(0, 3, 1, 2).copy(),
+            "feature": self.feature, "question": self.question, "cells": self.cells,
+            "pixels": self.pixels.transpose(0, 3, 1, 2).copy(),
         }  # fmt: skip
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-class TrainingBatches(IterableDataset[Batch]):
-    """Endless packed batches. Each worker takes every n-th conversation of the training stream from ``first`` on."""
+class ConversationBatches(IterableDataset[Batch]):
+    """Endless packed batches. Each worker takes every n-th conversation of ``stream`` from ``first`` on."""
 
-    def __init__(self, checkpoint: Path, rows: int, length: int, seed: int, first: int = 0) -> None:
-        self.checkpoint, self.rows, self.length, self.seed, self.first = checkpoint, rows, length, seed, first
+    def __init__(
+        self, checkpoint: Path, *, rows: int, length: int, room: int, seed: int, first: int = 0, stride: int = 1,
+        stream: str = TRAINING, turns_least: int = 1, pairs: float = PAIRS,
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.rows, self.length, self.room = checkpoint, rows, length, room
+        self.seed, self.first, self.stride, self.stream = seed, first, stride, stream
+        self.turns_least, self.pairs = turns_least, pairs
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        index, stride = self.first + (worker.id if worker else 0), worker.num_workers if worker else 1
+        workers = worker.num_workers if worker else 1
+        index, stride = self.first + self.stride * (worker.id if worker else 0), self.stride * workers
         tokenizer = Tokenizer.from_file(str(self.checkpoint / "tokenizer.json"))
-        packer, waiting = Packer(self.rows, self.length), list[Encoded]()
+        packer, waiting = Packer(self.rows, self.length, self.room), list[Encoded]()
         while True:
-            talk = encode(tokenizer, conversation(TRAINING, self.seed, index), self.length)
+            talk = encode(
+                tokenizer, conversation(self.stream, self.seed, index, self.turns_least, self.pairs), self.length
+            )
             index += stride
             if not packer.add(talk):
                 waiting.append(talk)
             if len(waiting) >= WAITING:
                 yield packer.batch()
-                packer = Packer(self.rows, self.length)
+                packer = Packer(self.rows, self.length, self.room)
                 waiting = [talk for talk in waiting if not packer.add(talk)]
+
+
+class PictureBatches(IterableDataset[Batch]):
+    """Endless batches of ``room`` pictures alone, with their cells' labels."""
+
+    def __init__(self, room: int, seed: int, first: int, stride: int = 1) -> None:
+        self.room, self.seed, self.first, self.stride = room, seed, first, stride
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        rng = random.Random(f"{TRAINING}/pictures/{self.seed}/{self.first}/{worker.id if worker else 0}")
+        while True:
+            scenes = [sample_scene(rng) for _ in range(self.room)]
+            pixels = np.stack([model_pixels(render(scene), IMAGE_SIZE) for scene in scenes])
+            cells = np.stack([cell_labels(scene, CELLS) for scene in scenes])
+            yield {
+                "pixels": torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
+                "cells": torch.from_numpy(cells),
+            }

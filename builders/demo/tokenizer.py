@@ -28,10 +28,10 @@ MAX_NEWLINES = 4
 _CHINESE_WORDS = """
     红色 绿色 蓝色 黄色 紫色 橙色 黑色 白色 圆形 圆圈 正方形 方形 方块 三角形 星形 五角星 星星 图形 左上 上方 右上 左边
     中间 右边 左下 下方 右下 上面 下面 图中 图里 图片 图画 这张 第一张 第二张 两张 哪张 哪一张 一共 总共 多少 几个 什么
-    颜色 形状 位置 哪里 哪儿 哪个 哪种 哪些 一个 有没有 是不是 没有 是的 还有 别的 其他 都有 只有 更大 更小 更多 最大 最小
-    看到 描述 请问 告诉我 给我 那么 一样 一样多 相同 同一种 内容 所有 数一数 列出 你好 谢谢 再见 请看 好的
-""".split()
-_PIECES = Regex("|".join(sorted(_CHINESE_WORDS, key=len, reverse=True)) + r"|▁?[A-Za-z]+|▁?[0-9]|[^A-Za-z0-9]")
+    颜色 形状 位置 哪里 哪儿 哪个 哪种 哪些 一个 有没有 是不是 没有 是的 还有 别的 其他 都有 只有 更大 更小 更多 最大
+    最小 看到 描述 请问 告诉我 给我 那么 一样 一样多 相同 同一种 内容 所有 数一数 列出 你好 谢谢 再见 请看 好的
+"""
+_PIECES = Regex("|".join(sorted(_CHINESE_WORDS.split(), key=len, reverse=True)) + r"|▁?[A-Za-z]+|▁?[0-9]|[^A-Za-z0-9]")
 
 CHAT_TEMPLATE = """{{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}
