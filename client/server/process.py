@@ -28,6 +28,7 @@ from python_backends.errors import ServerStartError, ServerUnavailableError
 SHARED_MEMORY = Path("/dev/shm")
 POLL_S = 0.05
 START_ATTEMPTS = 3
+KEPT_LOGS = 20
 KILL_GRACE_S = 5.0
 """How much longer than its drain time a server gets to end by itself."""
 
@@ -140,6 +141,8 @@ class Server:
         program = [sys.executable, "-I", "-S", launcher.__file__, str(os.getpid()), *arguments]
         try:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            if self.options.log_path is None:
+                _forget_old_logs(self.log_path.parent)
             log_file = self.log_path.open("ab", buffering=0)
         except OSError as error:
             raise ServerStartError(f"cannot write the log {self.log_path}: {error.strerror}") from error
@@ -255,6 +258,13 @@ def check_repository(repository: Path) -> None:
 
 
 _BUILD = "run `wicore build CHECKPOINT --repository {}` first"
+
+
+def _forget_old_logs(folder: Path) -> None:
+    """Logs of servers that failed stay for their user to read, but not for ever."""
+    logs = sorted(folder.glob("server-*.log"), key=lambda path: path.stat().st_mtime)
+    for path in logs[:-KEPT_LOGS]:
+        path.unlink(missing_ok=True)
 
 
 def _host_of(addresses: Addresses) -> str:
