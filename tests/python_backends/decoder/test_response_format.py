@@ -60,6 +60,7 @@ MALFORMED = {
         schema({"$defs": {f"d{n}": {"pattern": pattern(n), "$ref": f"#/$defs/d{n + 1}"} for n in range(20)}}),
         "20 patterns in all",
     ),
+    "pattern properties": (schema({"patternProperties": {f"^a{n}_": {} for n in range(65)}}), "65 patternProperties"),
     "empty regex": ({"type": "regex", "regex": ""}, "not empty"),
     "open group": ({"type": "regex", "regex": "(a"}, "unclosed group"),
     "back reference": ({"type": "regex", "regex": r"(a)\1"}, "backreferences are not supported"),
