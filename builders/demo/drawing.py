@@ -150,26 +150,31 @@ def _rotation(rng: random.Random, kind: str) -> float:
     return rng.uniform(-limit, limit)
 
 
-def _size(rng: random.Random, biggest: float) -> float:
-    """From `MIN_SIZE` to ``biggest``: small ones often, as small differences need the most practice."""
-    if rng.random() < 0.5:
-        return rng.uniform(MIN_SIZE, biggest)
+def _size(rng: random.Random, biggest: float, manner: str) -> float:
+    """From `MIN_SIZE` to ``biggest``; ``manner`` "small" and "large" keep near one end, far enough from the other's."""
+    if manner == "small":
+        return rng.uniform(MIN_SIZE, 1.12 * MIN_SIZE)
+    if manner == "large":
+        return rng.uniform(0.85 * biggest, biggest)
     return math.exp(rng.uniform(math.log(MIN_SIZE), math.log(biggest)))
 
 
 def _shapes(rng: random.Random, count: int, width: int, height: int) -> list[Shape] | None:
     few_colours, few_kinds = rng.sample(COLOURS, rng.choice((1, 2, 4))), rng.sample(KINDS, rng.choice((1, 2, 4)))
-    one_size = rng.random() < 0.15
-    biggest = MAX_SIZE if count == 1 else 0.40 if count == 2 else 0.34
-    size = _size(rng, biggest)
+    # Sizes by chance, all the same, or one clearly larger or smaller than the others, so that there is much to compare.
+    first, others = rng.choices(
+        (("any", "any"), ("any", "same"), ("large", "small"), ("small", "large")), (40, 10, 30, 20)
+    )[0]
+    biggest = MAX_SIZE if count == 1 else 0.42 if count == 2 else 0.38
+    size = _size(rng, biggest, first)
     shapes: list[Shape] = []
-    for _ in range(count):
+    for number in range(count):
         kind = rng.choice(few_kinds if rng.random() < 0.8 else KINDS)
         colour = rng.choice(few_colours if rng.random() < 0.7 else COLOURS)
         rotation, rgb = _rotation(rng, kind), _mix(rng, colour)
         for _attempt in range(40):
-            if not one_size:
-                size = _size(rng, biggest)
+            if number == 0 or others != "same":
+                size = _size(rng, biggest, others if number else first)
             shape = Shape(kind, colour, rng.random(), rng.random(), size, rotation, rgb)
             if _fits(shape, shapes, width, height):
                 shapes.append(shape)

@@ -38,6 +38,10 @@ TEXT_CONFIG: dict[str, Any] = {
     "pad_token_id": PAD,
     "query_pre_attn_scalar": 32,
     "rms_norm_eps": 1e-06,
+    # transformers 4 reads these three, transformers 5 the dictionary below.
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "rope_theta": 1000000.0,
     "rope_parameters": {
         "full_attention": {"factor": 8.0, "rope_theta": 1000000.0, "rope_type": "linear"},
         "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
@@ -134,7 +138,7 @@ def write_weights(model: Gemma3ForConditionalGeneration, folder: Path) -> None:
             tensors[published] = value.detach().to("cpu", torch.bfloat16).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     text = model.config.text_config
-    overrides = {key: getattr(text, key) for key in TEXT_CONFIG if hasattr(text, key)}
+    overrides = {key: getattr(text, key) for key in TEXT_CONFIG if "rope" not in key and hasattr(text, key)}
     config = checkpoint_config(**overrides)
     for name, content in (("config.json", config), ("generation_config.json", GENERATION_CONFIG)):
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
