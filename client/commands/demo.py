@@ -28,6 +28,9 @@ BLOCK = 32
 CONCURRENCY = 16
 
 
+Checkpoint = Annotated[Path | None, typer.Option(help="Another checkpoint of the same kind. [default: the one here]")]
+
+
 class Engine(enum.StrEnum):
     """What answers in an evaluation."""
 
@@ -50,7 +53,9 @@ def checkpoint_folder() -> Path:
     return folder
 
 
-def build_demo(repository: Path, precision: PrecisionName = PRECISION) -> tuple[Path, Result]:
+def build_demo(
+    repository: Path, checkpoint: Path | None = None, precision: PrecisionName = PRECISION
+) -> tuple[Path, Result]:
     """Build the demo checkpoint where it is not built yet; a repository of another model is left alone.
 
     Returns:
@@ -63,7 +68,7 @@ def build_demo(repository: Path, precision: PrecisionName = PRECISION) -> tuple[
     from builders.quantize import Precision
     from client.server.installation import cache_folder
 
-    checkpoint = checkpoint_folder()
+    checkpoint = checkpoint or checkpoint_folder()
     if _holds_another_model(repository, checkpoint):
         repository = cache_folder() / "demo_repository"
     return repository, build(checkpoint, repository, Options(Precision(precision, BLOCK)))
@@ -110,6 +115,7 @@ def run(
     repository: Annotated[
         Path, typer.Option(help="Model repository to build the demo in; one that holds another model is left alone.")
     ] = DEFAULT_REPOSITORY,
+    checkpoint: Checkpoint = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep serving after the answer, until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -122,7 +128,7 @@ def run(
         raise typer.BadParameter(f"{language!r} is not one of {', '.join(QUESTIONS)}", param_hint="--lang")
     status = Status()
     status("building the model repository …")
-    repository, built = build_demo(repository)
+    repository, built = build_demo(repository, checkpoint)
     status.clear()
     done = "up to date" if built.up_to_date else f"built in {built.seconds:.1f} s"
     say(f"{colour('Repository', '36')}  {repository} ({built.manifest.precision}, {done})")
@@ -193,6 +199,7 @@ def evaluate(
         int, typer.Option("-n", min=1, help="Held-out conversations; each asks four to five questions.")
     ] = 200,
     seed: Annotated[int, typer.Option(help="Of the held-out stream.")] = 0,
+    checkpoint: Checkpoint = None,
     precision: Annotated[PrecisionName, typer.Option(help="Of the engines onnx and server.")] = PRECISION,
     as_json: AsJson = False,
 ) -> None:
@@ -205,9 +212,9 @@ def evaluate(
 
     if engine is Engine.TRANSFORMERS:
         _require_torch()
-        report = run_transformers(checkpoint_folder(), n, seed)
+        report = run_transformers(checkpoint or checkpoint_folder(), n, seed)
     else:
-        with _answerer(engine, precision) as answer:
+        with _answerer(engine, checkpoint or checkpoint_folder(), precision) as answer:
             report = evaluate_batches(answer, n, seed, CONCURRENCY)
     if as_json:
         emit({"engine": engine.value, **report.as_json()})
@@ -223,15 +230,15 @@ def _require_torch() -> None:
 
 
 @contextmanager
-def _answerer(engine: Engine, precision: PrecisionName) -> Iterator[Any]:
+def _answerer(engine: Engine, checkpoint: Path, precision: PrecisionName) -> Iterator[Any]:
     """A function from requests (messages, images) to texts."""
     from client.server.installation import cache_folder
 
-    repository, _ = build_demo(cache_folder() / f"demo_repository_{precision}", precision)
+    repository, _ = build_demo(cache_folder() / f"{checkpoint.name}_{precision}", checkpoint, precision)
     if engine is Engine.ONNX:
         from client.commands.in_process import in_process_answerer
 
-        with in_process_answerer(repository, checkpoint_folder()) as answer:
+        with in_process_answerer(repository, checkpoint) as answer:
             yield answer
         return
     with demo_server(repository) as server, server_answerer(server.addresses.grpc) as answer:

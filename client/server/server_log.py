@@ -17,6 +17,7 @@ _FATAL = re.compile(r"^error: creating server: (?P<reason>.*)$")
 _TAKEN = re.compile(r"already in use|Address already in use")
 _FLAG = re.compile(r"unrecognized option '(?P<flag>--[\w-]+)")
 _EXCEPTION = re.compile(r"\b(?P<code>" + "|".join(sorted(BY_CODE, key=len, reverse=True)) + r"): (?P<message>.*)")
+_CONSEQUENCE = "which has no loaded version"
 TAIL = 40
 
 
@@ -66,8 +67,13 @@ class ServerLog:
 
     def explain(self) -> str:
         """Why the server did not start: one line per model that failed, else the last words of the log."""
+        # An ensemble also fails for each stage that does; that adds nothing.
+        first = {model: reason for model, reason in self.failures.items() if _CONSEQUENCE not in reason}
         if self.failures:
-            return "\n".join(f"{model} did not load: {reason}" for model, reason in self.failures.items())
+            told: dict[str, list[str]] = {}
+            for model, why in (first or self.failures).items():
+                told.setdefault(why, []).append(model)
+            return "\n".join(f"{', '.join(models)} did not load: {why}" for why, models in told.items())
         if self.unknown_flag:
             return f"this tritonserver does not know {self.unknown_flag}; WiCore needs 24.10 (2.51) or later"
         if self.port_taken:

@@ -33,6 +33,23 @@ def test_a_failed_stage_is_shown_without_triton_s_wrapping() -> None:
     assert log.explain() == "decoder did not load: decoder.onnx is corrupt; run `wicore build`"
 
 
+def test_an_ensemble_that_fails_for_its_stage_is_not_a_second_failure() -> None:
+    ensemble = "ensemble 'gemma3' depends on 'decoder' which has no loaded version. Model 'decoder' loading failed"
+    log = log_of(
+        f"{PREFIX}\"failed to load 'decoder' version 1: Internal: ArtifactError: artifact: corrupt\"",
+        f'E1 model_repository_manager.cc:703] "Invalid argument: {ensemble}"',
+    )
+    assert log.explain() == "decoder did not load: corrupt"
+    assert log_of(f'E1 x.cc:1] "Invalid argument: {ensemble}"').explain().startswith("gemma3 did not load")
+
+
+def test_one_reason_of_several_stages_is_told_once() -> None:
+    log = log_of(
+        *(f"{PREFIX}\"failed to load '{name}' version 1: Internal: gone\"" for name in ("decoder", "tokenizer"))
+    )
+    assert log.explain() == "decoder, tokenizer did not load: gone"
+
+
 @pytest.mark.parametrize(
     ("reason", "shown"),
     [
