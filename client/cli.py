@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-import typer
-
-from builders.cli import build
-from client.commands import ask, bench, chat, demo, serve
-from client.commands.terminal import debugging
-
-app = typer.Typer(
-    name="wicore",
-    help="Gemma-3 (text and images) served from NVIDIA Triton.\n\nbuild a checkpoint, serve it, then chat or describe. "
-    "`wicore demo run` does all of it with a small model that comes along.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command("build")(build)
-app.command("serve")(serve.serve)
-app.command("chat")(chat.chat)
-app.command("describe")(ask.describe)
-app.command("bench")(bench.bench)
-
-demos = typer.Typer(help="The small trained model that comes with WiCore.", no_args_is_help=True, rich_markup_mode=None)
-demos.command("run")(demo.run)
-demos.command("eval")(demo.evaluate)
-app.add_typer(demos, name="demo")
+import os
 
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C, 128 + n ended by signal n."""
+    # Builders use its configuration classes alone; that PyTorch is not there is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
+        from client.commands.app import app  # inside, so that Ctrl-C is quiet from here on
+
         app()
-    except KeyboardInterrupt:  # before or after a command, which have their own
-        if debugging():
-            raise
+    except KeyboardInterrupt:  # commands have their own
         raise SystemExit(130) from None
 
 

@@ -64,7 +64,7 @@ def test_help_names_every_command_and_is_quick() -> None:
 
 @pytest.mark.parametrize("module", ["torch", "transformers", "onnx", "onnxruntime", "rich.progress"])
 def test_help_imports_nothing_heavy(module: str) -> None:
-    code = f"import sys, client.cli; sys.exit({module!r} in sys.modules)"
+    code = f"import sys, client.commands.app; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

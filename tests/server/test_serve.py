@@ -136,8 +136,11 @@ def test_ctrl_c_at_any_moment_leaves_nothing(tmp_path: Path, seconds: float) -> 
     with subprocess.Popen(demo(tmp_path, "--keep"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        code = process.wait(30)
         assert process.stderr is not None
-        assert b"Traceback" not in process.stderr.read()
+        said = process.stderr.read()
+    # Before it has got as far as `main`, the interpreter itself ends by the signal, which a shell shows as 130 too.
+    assert code == 130 or (code == -signal.SIGINT and b"Repository" not in said)
+    assert code != 130 or b"Traceback" not in said
     assert left_by(tmp_path) == []
     assert not list(Path("/dev/shm").glob(f"wicore-{process.pid}-*"))

@@ -1,0 +1,28 @@
+"""The command line as a whole."""
+
+from __future__ import annotations
+
+import typer
+
+from builders.cli import build
+from client.commands import ask, bench, chat, demo, serve
+
+app = typer.Typer(
+    name="wicore",
+    help="Gemma-3 (text and images) served from NVIDIA Triton.\n\nbuild a checkpoint, serve it, then chat or describe. "
+    "`wicore demo run` does all of it with a small model that comes along.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("build")(build)
+app.command("serve")(serve.serve)
+app.command("chat")(chat.chat)
+app.command("describe")(ask.describe)
+app.command("bench")(bench.bench)
+
+demos = typer.Typer(help="The small trained model that comes with WiCore.", no_args_is_help=True, rich_markup_mode=None)
+demos.command("run")(demo.run)
+demos.command("eval")(demo.evaluate)
+app.add_typer(demos, name="demo")
