@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 from tritonclient.grpc import InferResult, service_pb2
@@ -39,7 +40,9 @@ class Piece:
     logprobs: tuple[float, ...] = ()
     """Of the tokens, natural logarithm."""
     finish_reason: str = ""
-    """Empty until the last piece; then stop, length, cancelled, deadline or error."""
+    """Empty until the last piece; then stop, length, tool_calls, cancelled, deadline or error."""
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    """As OpenAI writes them."""
     usage: Usage | None = None
     error: WiCoreError | None = None
     """Why the answer is not complete; raised after this piece."""
@@ -58,6 +61,7 @@ class Answer:
     ttft_s: float
     """Until the first piece."""
     duration_s: float
+    tool_calls: tuple[dict[str, Any], ...] = ()
 
     @property
     def tokens_per_s(self) -> float:
@@ -76,6 +80,7 @@ class Answer:
             "duration_s": round(self.duration_s, 4),
             "tokens_per_s": round(self.tokens_per_s, 2),
             "token_ids": list(self.token_ids),
+            **({"tool_calls": list(self.tool_calls)} if self.tool_calls else {}),
         }
 
 
@@ -105,6 +110,7 @@ class AnswerBuilder:
             request_id=self._request_id,
             ttft_s=self._ttft_s,
             duration_s=now,
+            tool_calls=tuple(call for piece in self._pieces for call in piece.tool_calls),
         )
 
 
@@ -126,6 +132,7 @@ def read_piece(response: service_pb2.ModelStreamInferResponse) -> Piece | None:
         token_ids=tuple(result.as_numpy("token_ids").reshape(-1).tolist()),
         logprobs=tuple(result.as_numpy("token_logprobs").reshape(-1).tolist()),
         finish_reason=reason,
+        tool_calls=tuple(json.loads(_word(result, "tool_calls") or "[]")),
         usage=_usage(usage) if usage else None,
         error=_incomplete(_word(result, "error_code"), reason),
     )

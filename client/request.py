@@ -32,7 +32,10 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Options(TypedDict, total=False):
-    """How the answer is drawn and when it ends; what is left out takes the server's default."""
+    """How the answer is drawn and when it ends; what is left out takes the server's default.
+
+    A server refuses by name what it does not offer.
+    """
 
     max_tokens: int
     temperature: float
@@ -40,11 +43,22 @@ class Options(TypedDict, total=False):
     top_k: int
     top_p: float
     min_p: float
+    min_tokens: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[str, float]
+    """Token ids, as JSON's keys, to what is added to their logits."""
     seed: int
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     echo: bool
+    tools: Sequence[Mapping[str, Any]]
+    """OpenAI's list of functions."""
+    tool_choice: str | Mapping[str, Any]
+    response_format: Mapping[str, Any]
+    priority: int
     queue_timeout_ms: int
     deadline_ms: int
 
@@ -77,10 +91,7 @@ def generate_request(
     if prompt is not None:
         values["text_input"] = prompt
     if messages is not None:
-        try:
-            values["messages"] = json.dumps(list(messages), ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise InvalidMessagesError(f"messages cannot be written as JSON: {error}") from error
+        values["messages"] = list(messages)
     if images:
         values["image"] = [encoded(image) for image in images]
     return infer_request(contract.MODELS[contract.ENSEMBLE], values, request_id)
@@ -141,6 +152,8 @@ def _tensor(model: contract.Model, name: str) -> contract.Tensor:
 
 def _array(tensor: contract.Tensor, value: Any) -> NDArray[Any]:
     """[1, n] for a list, [1, 1] for a scalar."""
+    if tensor.dims == (1,) and tensor.dtype == "TYPE_STRING" and not isinstance(value, str | bytes):
+        value = _json(tensor.name, value)
     items = [value] if tensor.dims == (1,) or isinstance(value, str | bytes | int | float) else list(value)
     if tensor.dtype == "TYPE_STRING":
         filled = np.empty((1, len(items)), dtype=np.object_)
@@ -155,6 +168,14 @@ def _array(tensor: contract.Tensor, value: Any) -> NDArray[Any]:
     if not kept:
         raise InvalidParameterError(f"{tensor.name} cannot be {value!r}: it does not fit {tensor.dtype[5:].lower()}")
     return converted
+
+
+def _json(name: str, value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        kind = InvalidMessagesError if name == "messages" else InvalidParameterError
+        raise kind(f"{name} cannot be written as JSON: {error}") from error
 
 
 def _text(name: str, value: str | bytes) -> bytes:

@@ -27,7 +27,8 @@ def in_process_answerer(repository: Path, checkpoint: Path) -> Iterator[Callable
     from builders.demo.evaluate import MAX_NEW_TOKENS
     from python_backends import config, contract, manifest
     from python_backends.decoder.open import open_engine
-    from python_backends.decoder.sequence import Request, parameters_within
+    from python_backends.decoder.parameters import parameters_within
+    from python_backends.decoder.sequence import Request
     from python_backends.runtime.onnxruntime import OnnxRuntimeVision
 
     settings = config.load(repository)

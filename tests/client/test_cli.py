@@ -177,7 +177,7 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def expect(self, text: str, after: int = 0) -> int:
-        """Wait until ``text`` is shown; returns where the screen is now."""
+        """Wait until ``text`` is shown behind ``after``; returns where it ends."""
         deadline = time.monotonic() + 20
         while text not in self.shown[after:]:
             assert time.monotonic() < deadline, self.shown
@@ -186,7 +186,7 @@ class Terminal:
             except OSError:  # the other end has gone
                 break
         assert text in self.shown[after:], self.shown
-        return len(self.shown)
+        return self.shown.index(text, after) + len(text)
 
     def close(self) -> None:
         self.process.kill()
@@ -219,7 +219,9 @@ def test_a_person_can_talk_stop_an_answer_and_leave(tmp_path: Path, picture: Pat
             # The turn that was stopped is forgotten, its picture is not.
             terminal.type("again\n")
             at = terminal.expect("again turns=3 pictures=1", at)
+            at = terminal.expect("> ", at)
             terminal.process.send_signal(signal.SIGINT)
+            terminal.expect("> ", at)
             terminal.type("\x04")
             assert terminal.process.wait(20) == 0
         finally:

@@ -63,6 +63,16 @@ def test_messages_travel_as_json_with_their_characters() -> None:
     assert json.loads(sent(None, messages)["messages"].item()) == messages
 
 
+def test_structures_travel_as_json() -> None:
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+    values = sent(response_format=schema, logit_bias={"5": -1.5}, tool_choice="auto")
+    assert json.loads(values["response_format"].item()) == schema
+    assert json.loads(values["logit_bias"].item()) == {"5": -1.5}
+    assert values["tool_choice"].item() == b"auto"
+    with pytest.raises(InvalidParameterError, match="logit_bias"):
+        sent(logit_bias={"5": float("nan")})
+
+
 def test_pictures_travel_as_files_bytes(tmp_path: Path) -> None:
     picture = Image.new("RGB", (5, 4), "red")
     path = tmp_path / "picture.png"
