@@ -18,6 +18,9 @@ from onnx import TensorProto
 from builders.checkpoint import TextConfig
 from builders.graph.writer import CONTRIB, GraphWriter, Value
 
+_MAX_SCORES = 2**24
+"""Attention scores held at once by an image branch (64 MB)."""
+
 
 @dataclass(frozen=True)
 class CacheNames:
@@ -192,30 +195,65 @@ class ContribAttention:
         def explicit(graph: GraphWriter) -> list[Value]:
             # Padding rows hold whatever the operator left there: zero probability times NaN would spread.
             zero = graph.constant(0, np.float32)
-            keys, values = (graph.op("Where", images.is_valid, item, zero) for item in (key, value))
             bounds = graph.ints(0), images.past_rows[kind], graph.ints(2)
-            past = [graph.op("Slice", name, *bounds) for name in (cache.past_key, cache.past_value)]
-            if self._cache_dtype != TensorProto.FLOAT:
-                past = [graph.cast(item, TensorProto.FLOAT) for item in past]
-            output, _, _ = graph.ops(
-                "Attention",
-                query,
-                keys,
-                values,
-                images.masks[kind],
-                *past,
-                outputs=3,
-                q_num_heads=self._config.num_heads,
-                kv_num_heads=self._config.num_kv_heads,
-                scale=1.0,
-            )
-            return [graph.op("Identity", key), output]
+            joined = []
+            for new, past in ((key, cache.past_key), (value, cache.past_value)):
+                kept = graph.op("Where", images.is_valid, new, zero)
+                if self._cache_dtype != TensorProto.FLOAT:
+                    kept = graph.cast(kept, self._cache_dtype)
+                whole = graph.op(
+                    "Concat", graph.op("Slice", past, *bounds), _by_head(graph, kept, self._config.head_dim), axis=2
+                )
+                # Widened last: until then a long past takes half the memory.
+                joined.append(whole if self._cache_dtype == TensorProto.FLOAT else graph.cast(whole, TensorProto.FLOAT))
+            return [graph.op("Identity", key), self._masked(graph, query, joined[0], joined[1], images.masks[kind])]
 
         def skipped(graph: GraphWriter) -> list[Value]:
             return [graph.op("Identity", key), graph.constant(np.zeros((1, 1, 1)), np.float32)]
 
-        passed, rows = self._graph.branch(images.any_image, explicit, skipped)
+        passed, rows = self._graph.branch(images.any_image, explicit, skipped, [TensorProto.FLOAT] * 2)
         return passed, rows
+
+    def _masked(self, graph: GraphWriter, query: Value, keys: Value, values: Value, mask: Value) -> Value:
+        """Attention [B, S, heads·head_dim] under a mask [B, 1, S, T], a few rows at a time.
+
+        The operator holds every score: 27B's 32 heads of a 256-token image would need 4 GB at 128K tokens of past.
+        """
+        one = graph.constant(1, np.int64)
+        length = graph.op("Shape", mask, start=2, end=3)
+        per_row = graph.op(
+            "Mul", graph.op("Size", graph.op("Slice", mask, *_span(graph, 0, 1, 2))), graph.ints(self._config.num_heads)
+        )
+        rows = graph.op("Max", graph.op("Div", graph.ints(_MAX_SCORES), per_row), one)
+        steps = graph.op("Div", graph.op("Sub", graph.op("Add", length, rows), one), rows)
+
+        def attend(body: GraphWriter, index: Value, done: Value) -> Value:
+            start = body.op("Mul", index, rows)
+            stop = body.op("Add", start, rows)
+            part = body.op("Slice", query, start, stop, body.ints(1))
+            output = body.op(
+                "Attention",
+                _by_head(body, part, self._config.head_dim),
+                keys,
+                values,
+                body.op("Slice", mask, start, stop, body.ints(2)),
+                scale=1.0,
+            )
+            output = body.op("Transpose", output, perm=[0, 2, 1, 3])
+            return body.op("Concat", done, body.reshape(output, body.op("Shape", part)), axis=1)
+
+        nothing = graph.op("Slice", query, *_span(graph, 0, 0, 1))
+        return graph.loop(graph.op("Squeeze", steps), nothing, attend, TensorProto.FLOAT)
+
+
+def _span(graph: GraphWriter, start: int, stop: int, axis: int) -> tuple[Value, Value, Value]:
+    """The last inputs of a Slice."""
+    return graph.ints(start), graph.ints(stop), graph.ints(axis)
+
+
+def _by_head(graph: GraphWriter, value: Value, head_dim: int) -> Value:
+    """[B, S, heads·head_dim] → [B, heads, S, head_dim]."""
+    return graph.op("Transpose", graph.reshape(value, graph.ints(0, 0, -1, head_dim)), perm=[0, 2, 1, 3])
 
 
 def _column(graph: GraphWriter, value: Value) -> Value:

@@ -152,25 +152,18 @@ class _Decoder:
             head = self._linears.store(self._checkpoint.tensor("lm_head.weight"), "lm_head.weight")
         shape = graph.op("Concat", graph.op("Shape", "logit_positions"), graph.ints(-1), axis=0)
         logits = graph.op("Reshape", self._linears.apply(x, head), shape, outputs=["logits"])
-        sample(graph, logits, next_token="next_token", logprob="logprob")
-        graph.output("next_token", TensorProto.INT32, ["B", "R"])
-        graph.output("logprob", TensorProto.FLOAT, ["B", "R"])
+        sample(graph, logits, text.vocab_size)
         graph.output("logits", TensorProto.FLOAT, ["B", "R", text.vocab_size])
 
 
 def step_inputs(text: TextConfig, *, images: bool) -> list[tuple[str, int, list[Dim]]]:
-    """Name, element type and shape of every graph input but the caches."""
+    """Name, element type and shape of every graph input but the caches and those of sampling."""
     integer, real = TensorProto.INT32, TensorProto.FLOAT
     inputs: list[tuple[str, int, list[Dim]]] = [
         ("input_ids", integer, ["B", "S"]),
         ("past_len", integer, ["B"]),
         ("query_len", integer, ["B"]),
         ("logit_positions", integer, ["B", "R"]),
-        ("temperature", real, ["B"]),
-        ("top_k", integer, ["B"]),
-        ("top_p", real, ["B"]),
-        ("min_p", real, ["B"]),
-        ("uniform", real, ["B", "R"]),
     ]
     if images:
         inputs += [

@@ -114,21 +114,40 @@ class GraphWriter:
         condition: Value,
         then: Callable[[GraphWriter], Sequence[Value]],
         otherwise: Callable[[GraphWriter], Sequence[Value]],
-        dtype: int = TensorProto.FLOAT,
+        dtypes: int | Sequence[int] = TensorProto.FLOAT,
+        *,
+        outputs: Sequence[str] = (),
     ) -> list[Value]:
-        """``If(condition)``: each callable fills a writer of its own and returns its values, all of type ``dtype``."""
-        graphs, counts = [], set()
+        """``If(condition)``: each callable fills a writer of its own and returns its values, of types ``dtypes``."""
+        kinds = [dtypes] if isinstance(dtypes, int) else dtypes
+        graphs = []
         for name, fill in (("then", then), ("else", otherwise)):
             writer = GraphWriter(self.weights, parent=self)
-            values = fill(writer)
-            counts.add(len(values))
-            for value in values:
+            for value, kind in zip(fill(writer), kinds, strict=True):
                 # A branch returns a value of the graph around it only through a node of its own.
                 own = value if value in writer._produced else writer.op("Identity", value)
-                writer._outputs.append(helper.make_tensor_value_info(own, dtype, None))
+                writer._outputs.append(helper.make_tensor_value_info(own, kind, None))
             graphs.append(writer._graph(self.fresh(name)))
-        (count,) = counts
-        return self.ops("If", condition, outputs=count, then_branch=graphs[0], else_branch=graphs[1])
+        names = outputs or len(kinds)
+        return self.ops("If", condition, outputs=names, then_branch=graphs[0], else_branch=graphs[1])
+
+    def loop(
+        self, count: Value, initial: Value, body: Callable[[GraphWriter, Value, Value], Value], dtype: int
+    ) -> Value:
+        """``body(writer, index, carried)`` ``count`` times (int64 scalar); returns what the last one carries on."""
+        writer = GraphWriter(self.weights, parent=self)
+        index, go_on, carried = (self.fresh(name) for name in ("index", "go_on", "carried"))
+        writer._inputs += [
+            helper.make_tensor_value_info(index, TensorProto.INT64, ()),
+            helper.make_tensor_value_info(go_on, TensorProto.BOOL, ()),
+            helper.make_tensor_value_info(carried, dtype, None),
+        ]
+        result = body(writer, index, carried)
+        writer._outputs += [
+            helper.make_tensor_value_info(writer.op("Identity", go_on), TensorProto.BOOL, ()),
+            helper.make_tensor_value_info(result, dtype, None),
+        ]
+        return self.op("Loop", count, "", initial, body=writer._graph(self.fresh("body")))
 
     # --- files ------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ inputs is written and no cache is ever copied.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +19,22 @@ from numpy.typing import NDArray
 
 from python_backends.errors import ArtifactError, InternalError
 from python_backends.manifest import ModelShape
-from python_backends.runtime.base import DecoderSpec, Float32, StepInputs, StepOutputs, UInt8
-from python_backends.runtime.memory import SlotPlan, lazy_zeros, plan_slots
+from python_backends.runtime.base import DecoderSpec, Float32, SlotState, StepInputs, StepOutputs, UInt8
+from python_backends.runtime.memory import plan_slots
+from python_backends.runtime.slots import SlotCaches, SlotCopy
 
 DECODER_FILE = "decoder.onnx"
 VISION_FILE = "vision_encoder.onnx"
 
 _DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+_VARIABLE = (
+    *("input_ids", "logit_positions", "uniform", "targets", "adjust_ids", "adjust_factor", "adjust_bias", "token_mask"),
+    *("next_token", "logprob", "top_ids", "top_logprobs"),
+)
+"""Inputs and outputs of several dimensions, none of which depends on the model."""
 _MAX_BINDINGS = 64
+_SHRINK_FROM = 64
+"""Tokens of a chunk from which on its scratch memory goes back to the system when the step is over."""
 
 _log = logging.getLogger(__name__)
 
@@ -64,8 +73,8 @@ class OnnxRuntimeDecoder:
         plan = plan_slots(model, num_slots, max_context_length, memory_limit, dtype.itemsize)
         self._model = model
         self._takes_images = "image_index" in inputs
-        self._caches = _make_caches(model, plan, dtype)
-        self._bindings: dict[tuple[int, int, bool], Any] = {}
+        self._slots = SlotCaches(model, plan, dtype)
+        self._bindings: dict[tuple[int, int, bool, bool], Any] = {}
         image = model.image
         self._spec = DecoderSpec(
             vocab_size=model.vocab_size,
@@ -103,10 +112,32 @@ class OnnxRuntimeDecoder:
             return _joined([self._run(_row(inputs, row), want_logits) for row in range(rows)])
         return self._run(inputs, want_logits)
 
+    def export_slot(self, slot: int, length: int) -> SlotCopy:
+        """See `DecoderRuntime.export_slot`.
+
+        Raises:
+            InternalError: no such slot, or more tokens than one holds.
+        """
+        return self._slots.export_slot(slot, length)
+
+    def import_slot(self, slot: int, state: SlotState) -> None:
+        """See `DecoderRuntime.import_slot`.
+
+        Raises:
+            InternalError: no such slot, or a state of another runtime.
+        """
+        if not isinstance(state, SlotCopy):
+            raise InternalError(f"a slot state of another runtime: {type(state).__name__}")
+        self._slots.import_slot(slot, state)
+
+    def max_draft(self, past_len: int, wanted: int) -> int:
+        """See `DecoderRuntime.max_draft`."""
+        return self._slots.max_draft(past_len, wanted)
+
     def close(self) -> None:
         """Free caches and session."""
         self._bindings.clear()
-        self._caches.clear()
+        self._slots.buffers.clear()
         del self._session
 
     def _check(self, inputs: StepInputs) -> None:
@@ -120,32 +151,59 @@ class OnnxRuntimeDecoder:
             raise InternalError(f"a step beyond the context of {self._spec.max_context_length} tokens")
         if inputs.image_index is not None and not self._takes_images:
             raise InternalError("image embeddings for a text-only decoder")
+        if not 0 <= inputs.top_n <= self._spec.vocab_size:
+            raise InternalError(f"top_n {inputs.top_n} of {self._spec.vocab_size} tokens")
+        words = -(-self._spec.vocab_size // 32)
+        if inputs.token_mask is not None and inputs.token_mask.shape != (*inputs.logit_positions.shape, words):
+            raise InternalError(f"token_mask {list(inputs.token_mask.shape)}; wanted {words} words per position")
 
     def _run(self, inputs: StepInputs, want_logits: bool) -> StepOutputs:
         rows, wanted = inputs.logit_positions.shape
-        binding = self._binding(inputs.first_slot, rows, want_logits)
+        binding = self._binding(inputs.first_slot, rows, want_logits, inputs.top_n > 0)
         arrays = self._feeds(inputs)  # referenced until the run is over: the binding holds addresses only
         for name, array in arrays.items():
             _bind(binding.bind_input, name, array)
         outputs = StepOutputs(np.empty((rows, wanted), np.int32), np.empty((rows, wanted), np.float32))
         if want_logits:
             outputs.logits = np.empty((rows, wanted, self._spec.vocab_size), np.float32)
-            _bind(binding.bind_output, "logits", outputs.logits)
-        _bind(binding.bind_output, "next_token", outputs.next_token)
-        _bind(binding.bind_output, "logprob", outputs.logprob)
+        if inputs.top_n:
+            outputs.top_ids = np.empty((rows, wanted, inputs.top_n), np.int32)
+            outputs.top_logprobs = np.empty((rows, wanted, inputs.top_n), np.float32)
+        for field in dataclasses.fields(outputs):
+            array = getattr(outputs, field.name)
+            if array is not None:
+                _bind(binding.bind_output, field.name, array)
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._run_options(inputs.input_ids.size))
         except Exception as error:  # the module's exceptions share no base class of their own
             raise InternalError(f"decoder step failed: {error}") from error
         return outputs
 
+    @staticmethod
+    def _run_options(tokens: int) -> onnxruntime.RunOptions:
+        options = onnxruntime.RunOptions()
+        if tokens > _SHRINK_FROM:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return options
+
     def _feeds(self, inputs: StepInputs) -> dict[str, NDArray[Any]]:
+        """Every input but the caches. What a step leaves out is empty, or as small as a chunk's ids."""
         feeds: dict[str, NDArray[Any]] = {
-            name: np.ascontiguousarray(getattr(inputs, name), np.int32)
+            name: _int32(getattr(inputs, name))
             for name in ("input_ids", "past_len", "query_len", "logit_positions", "top_k")
         }
         for name in ("temperature", "top_p", "min_p", "uniform"):
             feeds[name] = np.ascontiguousarray(getattr(inputs, name), np.float32)
+        rows, wanted = inputs.logit_positions.shape
+        targets, mask = inputs.targets, inputs.token_mask
+        feeds["targets"] = np.full((rows, wanted), -1, np.int32) if targets is None else _int32(targets)
+        feeds["token_mask"] = np.empty((rows, wanted, 0), np.int32) if mask is None else _int32(mask)
+        feeds["top_n"] = np.array([inputs.top_n], np.int64)
+        for name, dtype in (("ids", np.int32), ("factor", np.float32), ("bias", np.float32)):
+            value = getattr(inputs, f"adjust_{name}")
+            feeds[f"adjust_{name}"] = (
+                np.empty((rows, 0), dtype) if value is None else np.ascontiguousarray(value, dtype)
+            )
         if self._takes_images:
             text = np.full(inputs.input_ids.shape, -1, np.int32)
             features, index, group = inputs.image_features, inputs.image_index, inputs.image_group
@@ -159,14 +217,17 @@ class OnnxRuntimeDecoder:
             feeds["image_group"] = text if group is None else np.ascontiguousarray(group, np.int32)
         return feeds
 
-    def _binding(self, first_slot: int, rows: int, want_logits: bool) -> Any:
-        """A binding whose cache inputs and outputs are the same addresses: rows first_slot … of our buffers."""
-        key = (first_slot, rows, want_logits)
+    def _binding(self, first_slot: int, rows: int, want_logits: bool, want_top: bool) -> Any:
+        """A binding whose cache inputs and outputs are the same addresses: rows first_slot … of our buffers.
+
+        Steps that want other outputs have bindings of their own: what is bound once stays bound.
+        """
+        key = (first_slot, rows, want_logits, want_top)
         if key not in self._bindings:
             if len(self._bindings) >= _MAX_BINDINGS:
                 del self._bindings[next(iter(self._bindings))]
             binding = self._session.io_binding()
-            for name, cache in self._caches.items():
+            for name, cache in self._slots.buffers.items():
                 part = cache[first_slot : first_slot + rows]
                 _bind(binding.bind_input, f"past_{name}", part)
                 _bind(binding.bind_output, f"present_{name}", part)
@@ -222,6 +283,9 @@ def _open(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
+    # Triton's processes share the cores. With a busy neighbour, threads that spin made a 1B int4 decode step take
+    # 55 to 240 ms instead of 38; alone they gain a tenth at most.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.enable_mem_pattern = False  # a pattern is kept for every shape seen, and chunk shapes are many
     if not path.is_file():
         raise ArtifactError(_rebuild(path, "it is missing"))
@@ -244,56 +308,44 @@ def _interface(session: onnxruntime.InferenceSession) -> dict[str, list[int]]:
 
 
 def _wanted_interface(model: ModelShape) -> dict[str, list[int]]:
-    sizes: dict[str, list[int]] = {name: [] for name in ("input_ids", "logit_positions", "uniform")}
+    sizes: dict[str, list[int]] = {name: [] for name in _VARIABLE}
     if model.image is not None:
         sizes |= {"image_features": [model.hidden_size], "image_index": [], "image_group": []}
     for layer in range(model.num_layers):
         for name in ("past_key", "past_value", "present_key", "present_value"):
             sizes[f"{name}.{layer}"] = [model.num_kv_heads, model.head_dim]
-    return sizes | {"next_token": [], "logprob": [], "logits": [model.vocab_size]}
-
-
-def _make_caches(model: ModelShape, plan: SlotPlan, dtype: np.dtype[Any]) -> dict[str, NDArray[Any]]:
-    """By "key.i" and "value.i": [num_slots, kv_heads, capacity, head_dim]."""
-    caches = {}
-    for layer, kind in enumerate(model.layer_types):
-        capacity = plan.window_capacity if kind == "local" else plan.context_length
-        shape = (plan.num_slots, model.num_kv_heads, capacity, model.head_dim)
-        for part in ("key", "value"):
-            caches[f"{part}.{layer}"] = lazy_zeros(shape, dtype)
-    return caches
+    return sizes | {"logits": [model.vocab_size]}
 
 
 def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
     bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
+def _int32(values: NDArray[Any]) -> NDArray[np.int32]:
+    return np.ascontiguousarray(values, np.int32)
+
+
+_BY_TOKEN = {"input_ids", "image_index", "image_group"}
+_SHARED = {"first_slot", "top_n", "image_features"}
+
+
 def _row(inputs: StepInputs, row: int) -> StepInputs:
     """One row of a step, its chunk cut to its valid tokens."""
     part = slice(row, row + 1)
     length = max(1, int(inputs.query_len[row]))
-    tokens = part, slice(length)
-    return StepInputs(
-        first_slot=inputs.first_slot + row,
-        input_ids=inputs.input_ids[tokens],
-        past_len=inputs.past_len[part],
-        query_len=inputs.query_len[part],
-        logit_positions=np.minimum(inputs.logit_positions[part], length - 1),
-        temperature=inputs.temperature[part],
-        top_k=inputs.top_k[part],
-        top_p=inputs.top_p[part],
-        min_p=inputs.min_p[part],
-        uniform=inputs.uniform[part],
-        image_features=inputs.image_features,
-        image_index=None if inputs.image_index is None else inputs.image_index[tokens],
-        image_group=None if inputs.image_group is None else inputs.image_group[tokens],
-    )
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(inputs):
+        value = getattr(inputs, field.name)
+        if value is not None and field.name not in _SHARED:
+            fields[field.name] = value[part, :length] if field.name in _BY_TOKEN else value[part]
+    fields["first_slot"] = inputs.first_slot + row
+    fields["logit_positions"] = np.minimum(inputs.logit_positions[part], length - 1)
+    return dataclasses.replace(inputs, **fields)
 
 
 def _joined(rows: Sequence[StepOutputs]) -> StepOutputs:
-    logits = [row.logits for row in rows if row.logits is not None]
-    return StepOutputs(
-        np.concatenate([row.next_token for row in rows]),
-        np.concatenate([row.logprob for row in rows]),
-        np.concatenate(logits) if logits else None,
-    )
+    joined: dict[str, Any] = {}
+    for field in dataclasses.fields(StepOutputs):
+        parts = [getattr(row, field.name) for row in rows]
+        joined[field.name] = None if parts[0] is None else np.concatenate(parts)
+    return StepOutputs(**joined)

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from builders.checkpoint import open_checkpoint
+from builders.graph import attention, write_decoder
 from builders.quantize import Precision, dequantize, quantize
+from python_backends.runtime.onnxruntime import OnnxRuntimeDecoder
 from tests.checkpoints import FAMILIES, IMAGE_FAMILIES, make_model, tiny
-from tests.driver import FP32, Driver, decoder, vision
+from tests.driver import FP32, Driver, decoder, model_shape, vision
 from tests.prompts import Prompt, prompt, twenty
 from tests.reference import Reference, reference
 
@@ -83,6 +86,22 @@ def test_tokens_of_a_picture_see_its_later_tokens(family):
     assert not changed[:first].any()
     # The first row sees it directly where the window reaches forward without limit, as transformers' mask does.
     assert changed[first:last].all()
+
+
+def test_image_rows_are_the_same_when_computed_a_few_at_a_time(tmp_path, monkeypatch):
+    folder = tiny("12b")
+    item = prompt(folder, np.random.default_rng(5), text=40, pictures=2)
+    monkeypatch.setattr(attention, "_MAX_SCORES", 16 * 2 * len(item.ids) * 7)  # seven rows of two sequences
+    opened = open_checkpoint(folder)
+    write_decoder(opened, FP32, tmp_path)
+    runtime = OnnxRuntimeDecoder(
+        tmp_path, model_shape(opened.config), num_slots=2, max_context_length=256, memory_limit=2**30
+    )
+    driver = Driver(runtime, [item, item], vision(folder))
+    driver.prefill([[30], [30]])
+    wanted = reference(folder).logits(np.array(item.ids), item.pixels)
+    for logits in driver.logits:
+        assert largest_error(np.array(logits), wanted) < TOLERANCE
 
 
 def dequantized_reference(folder: Path, precision: Precision) -> Reference:

@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from builders.graph.sampling import sample
-from builders.graph.writer import GraphWriter
-from builders.weights import WeightFile
-
-V = 97
-REAL, INTEGER = TensorProto.FLOAT, TensorProto.INT32
+from tests.builders.graph.sampling_graph import V, logits_of, sampler, words_of
 
 
 @pytest.fixture(scope="module")
-def draw(tmp_path_factory):
-    """Runs the sampling graph alone: logits [B, R, V] and parameters → (next_token, logprob)."""
-    folder = tmp_path_factory.mktemp("sampling")
-    with WeightFile(folder / "sampling.weights") as weights:
-        graph = GraphWriter(weights)
-        graph.input("logits", REAL, ["B", "R", V])
-        for name, dtype in (("temperature", REAL), ("top_k", INTEGER), ("top_p", REAL), ("min_p", REAL)):
-            graph.input(name, dtype, ["B"])
-        graph.input("uniform", REAL, ["B", "R"])
-        sample(graph, "logits", next_token="next_token", logprob="logprob")
-        graph.output("next_token", INTEGER, ["B", "R"])
-        graph.output("logprob", REAL, ["B", "R"])
-        graph.save(folder / "sampling.onnx")
-    session = onnxruntime.InferenceSession(folder / "sampling.onnx", providers=["CPUExecutionProvider"])
+def run(tmp_path_factory):
+    return sampler(tmp_path_factory.mktemp("sampling"))
 
-    def run(logits, temperature, top_k, top_p, min_p, uniform):  # noqa: PLR0917 - the graph's inputs, in order
-        feeds = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
-        feeds = {name: np.asarray(value, np.float32) for name, value in feeds.items()}
-        feeds |= {"top_k": np.asarray(top_k, np.int32), "uniform": np.asarray(uniform, np.float32)}
-        return session.run(["next_token", "logprob"], {"logits": np.asarray(logits, np.float32), **feeds})
 
-    return run
+@pytest.fixture(scope="module")
+def draw(run):
+    """Logits [B, R, V] and the parameters of the filters → (next_token, logprob)."""
+
+    def draw(logits, temperature, top_k, top_p, min_p, uniform):  # noqa: PLR0917 - the order transformers filters in
+        filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        outputs = run(logits, **filters, uniform=uniform)
+        return outputs["next_token"], outputs["logprob"]
+
+    return draw
 
 
 def filtered(logits, temperature, top_k, top_p, min_p):
@@ -64,10 +49,6 @@ rows = st.tuples(
     st.sampled_from([0.0, 0.01, 0.2, 1.0]),  # min_p
     st.floats(0.001, 0.999),  # uniform
 )
-
-
-def logits_of(seed):
-    return np.random.default_rng(seed).normal(0, 3, V).astype(np.float32)
 
 
 def columns(items):
@@ -142,3 +123,80 @@ def test_several_positions_of_a_row_are_drawn_independently(draw):
     together, _ = draw(logits, [1.0], [0], [0.9], [0], uniform)
     alone = [draw(logits[:, [i]], [1.0], [0], [0.9], [0], uniform[:, [i]])[0][0, 0] for i in range(6)]
     assert together[0].tolist() == alone
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 12)),  # rows, positions, adjustments
+    with_mask=st.booleans(),
+)
+def test_a_row_with_adjustments_and_mask_is_what_it_is_alone(run, seed, sizes, with_mask):
+    rows, positions, width = sizes
+    rng = np.random.default_rng(seed)
+    ids = np.stack([rng.choice(V, width, replace=False) for _ in range(rows)])
+    ids[rng.random(ids.shape) < 0.4] = -1  # padding anywhere, whole rows too
+    factor, bias = rng.uniform(0.5, 2, ids.shape), rng.normal(0, 3, ids.shape)
+    logits = rng.normal(0, 3, (rows, positions, V)).astype(np.float32)
+    inputs = {
+        "temperature": rng.choice([0.0, 1.0], rows),
+        "uniform": rng.random((rows, positions)),
+        "adjust_ids": ids,
+        "adjust_factor": factor,
+        "adjust_bias": bias,
+    }
+    allowed = rng.random((rows, positions, V)) < 0.3
+    if with_mask:
+        inputs["token_mask"] = words_of(allowed)
+    together = run(logits, **inputs)
+    for row in range(rows):
+        used = ids[row] >= 0
+        changed = logits[row].astype(np.float64)
+        old = changed[:, ids[row][used]]
+        changed[:, ids[row][used]] = (
+            np.where(old > 0, old / factor[row][used], old * factor[row][used]) + bias[row][used]
+        )
+        if with_mask:
+            changed[~allowed[row]] = -np.inf
+        if inputs["temperature"][row] == 0:
+            assert together["next_token"][row].tolist() == changed.argmax(-1).tolist()
+        alone = {name: value[row : row + 1] for name, value in inputs.items()}
+        for name in ("adjust_ids", "adjust_factor", "adjust_bias"):
+            alone[name] = alone[name][:, used]  # without padding, in a row of padding only without a column
+        single = run(logits[row : row + 1], **alone)
+        assert single["next_token"][0].tolist() == together["next_token"][row].tolist()
+        assert single["logprob"][0].tolist() == together["logprob"][row].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_of_one_token_draws_it_however_unlikely(run, temperature):
+    for token in (0, 31, 32, 63, 64, V - 1):
+        mask = words_of(np.arange(V) == token)[None, None]
+        logits = logits_of(2)[None, None].copy()
+        logits[0, 0, token] = -1e30  # a ban weighs less than a mask
+        for uniform in (1e-7, 0.999999):
+            outputs = run(logits, temperature=[temperature], uniform=[[uniform]], token_mask=mask)
+            assert outputs["next_token"][0, 0] == token
+            assert np.isfinite(outputs["logprob"]).all()
+
+
+def test_targets_are_reported_and_not_drawn(run):
+    logits = np.stack([logits_of(seed) for seed in range(4)]).reshape(2, 2, V)
+    targets = np.array([[V - 1, -1], [-1, 0]])
+    free = run(logits, temperature=[1.0, 0.0])["next_token"]
+    outputs = run(logits, temperature=[1.0, 0.0], targets=targets, **{"token_mask": words_of(np.ones((2, 2, V), bool))})
+    assert outputs["next_token"].tolist() == np.where(targets >= 0, targets, free).tolist()
+    own = torch.log_softmax(torch.tensor(logits).double(), -1).numpy()
+    wanted = np.take_along_axis(own, outputs["next_token"][..., None].astype(int), -1)[..., 0]
+    np.testing.assert_allclose(outputs["logprob"], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_n", [1, 5, 20])
+def test_the_most_likely_tokens_are_the_models_own(run, top_n):
+    logits = np.stack([logits_of(seed) for seed in range(6)]).reshape(2, 3, V)
+    changes = {"token_mask": words_of(np.arange(6 * V).reshape(2, 3, V) % 2 == 0), "temperature": [0.0, 2.0]}
+    outputs = run(logits, top_n=[top_n], **changes)
+    values, ids = torch.log_softmax(torch.tensor(logits).double(), -1).topk(top_n)
+    np.testing.assert_array_equal(outputs["top_ids"], ids.numpy())
+    np.testing.assert_allclose(outputs["top_logprobs"], values.numpy(), atol=1e-5)
+    assert run(logits, **changes)["next_token"].tolist() == outputs["next_token"].tolist()

@@ -98,11 +98,11 @@ def test_padding_is_never_read(whole):
 def test_idle_rows_keep_their_caches(whole):
     runtime, _, _, _ = whole
     runtime.step(step_inputs(0, [tokens_of(1, 30), tokens_of(2, 40), tokens_of(3, 3)], [0, 0, 0]))
-    before = {name: cache.copy() for name, cache in runtime._caches.items()}
+    before = {name: cache.copy() for name, cache in runtime._slots.buffers.items()}
     # Rows 0 and 2 are idle, with and without a past, in a prefill and in a decode step.
     runtime.step(step_inputs(0, [[], tokens_of(4, 17), []], [30, 40, 0]))
     runtime.step(step_inputs(0, [[], [5], []], [30, 57, 3]))
-    for name, cache in runtime._caches.items():
+    for name, cache in runtime._slots.buffers.items():
         np.testing.assert_array_equal(cache[[0, 2, 3]], before[name][[0, 2, 3]])
         assert not np.array_equal(cache[1], before[name][1])
 
@@ -166,12 +166,12 @@ def test_the_last_token_of_the_context_can_be_computed_in_a_padded_batch():
 def test_past_and_present_are_bound_to_the_addresses_of_our_buffers(whole):
     runtime, _, _, _ = whole
     runtime.step(step_inputs(1, [[5], [6]], [0, 0]))
-    outputs = runtime._binding(1, 2, want_logits=False).get_outputs()
+    outputs = runtime._binding(1, 2, want_logits=False, want_top=False).get_outputs()
     names = [item.name for item in runtime._session.get_outputs()]
     pointers = [value.data_ptr() for value in outputs]
     bound = set(pointers)
     assert len(names) >= 2 * len(runtime._model.layer_types)
-    for cache in runtime._caches.values():
+    for cache in runtime._slots.buffers.values():
         assert cache[1:].ctypes.data in bound
 
 
@@ -191,7 +191,7 @@ def test_a_step_touches_only_the_rows_it_appends():
     driver = Driver(runtime, [item, item], vision(tiny("4b")))
     driver.prefill([[30]] * 2)
     driver.decode(5)
-    assert sum(cache.nbytes for cache in runtime._caches.values()) > 1.9 * 2**30
+    assert sum(cache.nbytes for cache in runtime._slots.buffers.values()) > 1.9 * 2**30
     assert process.memory_info().rss - before < 64 * 2**20
     runtime.close()
 
@@ -212,7 +212,7 @@ def test_no_node_but_attention_has_a_cache_among_its_outputs(tmp_path, monkeypat
     driver.decode(2)
     events = json.loads(Path(runtime._session.end_profiling()).read_text())
     nodes = [event["args"] for event in events if event["name"].endswith("_kernel_time")]
-    cache_bytes = min(cache[:2].nbytes for name, cache in runtime._caches.items() if cache.shape[2] == 4096)
+    cache_bytes = min(cache[:2].nbytes for name, cache in runtime._slots.buffers.items() if cache.shape[2] == 4096)
     writers = {node["op_name"] for node in nodes if int(node["output_size"]) >= cache_bytes}
     assert writers == {"GroupQueryAttention"}
     assert "If" in {node["op_name"] for node in nodes}
@@ -297,7 +297,7 @@ def test_a_memory_limit_below_one_short_slot_is_refused(folder):
 def test_steps_beyond_slots_or_context_are_refused_and_change_nothing(folder):
     runtime = open_decoder(folder)
     runtime.step(step_inputs(0, [tokens_of(1, 20)], [0]))
-    before = {name: cache.copy() for name, cache in runtime._caches.items()}
+    before = {name: cache.copy() for name, cache in runtime._slots.buffers.items()}
     for inputs in (
         step_inputs(1, [[5], [5]], [0, 0]),
         step_inputs(-1, [[5]], [0]),
@@ -308,7 +308,7 @@ def test_steps_beyond_slots_or_context_are_refused_and_change_nothing(folder):
     ):
         with pytest.raises(InternalError):
             runtime.step(inputs)
-    for name, cache in runtime._caches.items():
+    for name, cache in runtime._slots.buffers.items():
         np.testing.assert_array_equal(cache, before[name])
 
 
