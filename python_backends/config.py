@@ -11,6 +11,9 @@ from typing import Any, get_type_hints
 from python_backends.errors import ConfigError
 
 CONFIG_NAME = "wicore.json"
+MAY_BE_ZERO = frozenset(
+    ("num_threads", "max_images", "max_queue", "max_draft", "quantum_tokens", "max_overtakes", "cpu_memory_gb")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,14 @@ class Config:
     """Host memory for KV caches (GB); fewer slots or a shorter context where it does not suffice."""
     prefill_chunk: int = 512
     """Most prompt tokens computed in one step."""
+    target_inter_token_ms: int = 100
+    """Inter-token latency that prefill chunks are cut for while others decode."""
+    max_draft: int = 4
+    """Draft tokens per step of speculative decoding by prompt lookup; 0 turns it off."""
+    quantum_tokens: int = 512
+    """Tokens a sequence may draw before it can be set aside for one that waits; 0: never set aside."""
+    max_overtakes: int = 8
+    """Later requests that may be admitted before one that waits."""
     max_queue: int = 256
     """Requests waiting for a slot before new ones are refused as overloaded."""
     queue_timeout_ms: int = 60_000
@@ -53,9 +64,7 @@ class Config:
             value = getattr(self, field.name)
             if isinstance(value, bool):
                 continue
-            low = 0 if field.name in {"num_threads", "max_images", "max_queue"} else 1
-            if field.name == "cpu_memory_gb":
-                low = 0
+            low = 0 if field.name in MAY_BE_ZERO else 1
             if value < low:
                 raise ConfigError(f"{field.name} is {value}; it must be at least {low}")
 

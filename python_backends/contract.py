@@ -49,13 +49,18 @@ def _optional(name: str, dtype: TritonType, dims: tuple[int, ...] = (1,), *, imp
     return Tensor(name, dtype, dims, optional=True, implemented=implemented)
 
 
+# Both sides of a tool call: the prompt describes the functions, the decoder finds the calls.
+TOOLS = (
+    _optional("tools", "TYPE_STRING"),  # OpenAI's list as JSON
+    _optional("tool_choice", "TYPE_STRING"),
+)
+
 # What the user sends about the prompt; the tokenizer stage turns it into ids.
 PROMPT = (
     _optional("text_input", "TYPE_STRING"),
     _optional("messages", "TYPE_STRING"),  # the OpenAI list as JSON
     _optional("image", "TYPE_STRING", (-1,)),  # encoded bytes, base64 or a data URL
-    _optional("tools", "TYPE_STRING", implemented=False),
-    _optional("tool_choice", "TYPE_STRING", implemented=False),
+    *TOOLS,
 )
 
 # What the user sends about the answer; goes straight to the decoder.
@@ -67,20 +72,20 @@ GENERATION = (
     _optional("top_p", "TYPE_FP32"),
     _optional("min_p", "TYPE_FP32"),
     _optional("seed", "TYPE_UINT64"),
-    _optional("repetition_penalty", "TYPE_FP32", implemented=False),
-    _optional("presence_penalty", "TYPE_FP32", implemented=False),
-    _optional("frequency_penalty", "TYPE_FP32", implemented=False),
-    _optional("logit_bias", "TYPE_STRING", implemented=False),
-    _optional("n", "TYPE_INT32", implemented=False),
+    _optional("repetition_penalty", "TYPE_FP32"),
+    _optional("presence_penalty", "TYPE_FP32"),
+    _optional("frequency_penalty", "TYPE_FP32"),
+    _optional("logit_bias", "TYPE_STRING"),
+    _optional("n", "TYPE_INT32"),
     _optional("stop", "TYPE_STRING", (-1,)),
     _optional("stop_token_ids", "TYPE_INT32", (-1,)),
     _optional("ignore_eos", "TYPE_BOOL"),
     _optional("echo", "TYPE_BOOL"),
     _optional("stream", "TYPE_BOOL"),
-    _optional("logprobs", "TYPE_INT32", implemented=False),
-    _optional("prompt_logprobs", "TYPE_INT32", implemented=False),
-    _optional("response_format", "TYPE_STRING", implemented=False),
-    _optional("priority", "TYPE_INT32", implemented=False),
+    _optional("logprobs", "TYPE_INT32"),
+    _optional("prompt_logprobs", "TYPE_INT32"),
+    _optional("response_format", "TYPE_STRING"),
+    _optional("priority", "TYPE_INT32"),
     _optional("queue_timeout_ms", "TYPE_INT32"),
     _optional("deadline_ms", "TYPE_INT32"),
     _optional("session", "TYPE_STRING", implemented=False),
@@ -101,12 +106,15 @@ IMAGE_FEATURES = Tensor("image_features", "TYPE_FP32", (-1, -1))  # [tokens per 
 ANSWER = (
     Tensor("text_output", "TYPE_STRING"),
     Tensor("token_ids", "TYPE_INT32", (-1,)),
-    Tensor("index", "TYPE_INT32"),
-    Tensor("finish_reason", "TYPE_STRING"),  # "" until the last response: stop, length, cancelled, deadline
-    Tensor("tool_calls", "TYPE_STRING"),
+    Tensor("index", "TYPE_INT32"),  # which of the n answers
+    # "" until an answer's last response: stop, length, tool_calls, cancelled, deadline, error
+    Tensor("finish_reason", "TYPE_STRING"),
+    Tensor("tool_calls", "TYPE_STRING"),  # JSON, OpenAI's list
     Tensor("usage", "TYPE_STRING"),  # JSON, on the last response
     # One per token in token_ids. Not "logprobs": an ensemble has one namespace, and that is the input.
     Tensor("token_logprobs", "TYPE_FP32", (-1,)),
+    Tensor("top_logprobs", "TYPE_STRING"),  # JSON: for each token in token_ids a list of [id, logprob]
+    Tensor("prompt_token_logprobs", "TYPE_STRING"),  # JSON {token_ids, logprobs, top}, on the first response
     Tensor("error_code", "TYPE_STRING"),
 )
 
@@ -117,7 +125,7 @@ MODELS = {
     VISION_ENCODER: Model(VISION_ENCODER, (VISION_PIXELS,), (IMAGE_FEATURES,)),
     DECODER: Model(
         DECODER,
-        (INPUT_IDS, IMAGE_STARTS, Tensor("pixels", "TYPE_UINT8", (-1, 3, -1, -1), optional=True), *GENERATION),
+        (INPUT_IDS, IMAGE_STARTS, Tensor("pixels", "TYPE_UINT8", (-1, 3, -1, -1), optional=True), *TOOLS, *GENERATION),
         ANSWER,
     ),
 }

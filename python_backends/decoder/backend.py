@@ -17,16 +17,39 @@ from numpy.typing import NDArray
 from python_backends import contract, manifest, triton_io
 from python_backends.config import Config, load
 from python_backends.decoder.engine import Engine
-from python_backends.decoder.open import open_engine
-from python_backends.decoder.sequence import Parameters, Piece, Request, parameters_within
+from python_backends.decoder.formats import FormatReader
+from python_backends.decoder.open import open_engine, open_tokenizer
+from python_backends.decoder.parameters import Parameters, parameters_within, read_logit_bias
+from python_backends.decoder.sequence import Piece, Request
 from python_backends.errors import InternalError, InvalidParameterError, InvalidTextError, from_message
 from python_backends.runtime.base import Float32
 
 log = logging.getLogger("wicore")
 
 MODEL = contract.MODELS[contract.DECODER]
+SCALARS = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "n",
+    "ignore_eos",
+    "echo",
+    "logprobs",
+    "prompt_logprobs",
+    "priority",
+    "queue_timeout_ms",
+    "deadline_ms",
+)
+"""Inputs that are parameters of the same name."""
 ENCODE_THREADS = 16
-"""Images, and requests with images, that wait for the vision encoder at once; these threads only wait."""
+"""Images that wait for the vision encoder at once, and requests that wait for images; these threads only wait."""
 
 
 class TritonPythonModel:
@@ -41,9 +64,11 @@ class TritonPythonModel:
         triton_io.start_logging(contract.DECODER)
         repository = triton_io.repository(args)
         self._config = load(repository)
-        self._engine: Engine = open_engine(manifest.load(repository), self._config)
+        built = manifest.load(repository, [contract.DECODER, contract.TOKENIZER])
+        self._engine: Engine = open_engine(built, self._config)
+        self._formats = FormatReader(open_tokenizer(built), built.model)
         # Two pools: a request waits in one for its images in the other, so neither can fill up with waits for itself.
-        self._image_requests = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="wicore-images")
+        self._preparing = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="wicore-prepare")
         self._encoders = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="wicore-encode")
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -54,7 +79,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """End every request and free the runtime."""
-        self._image_requests.shutdown(wait=False, cancel_futures=True)
+        self._preparing.shutdown(wait=False, cancel_futures=True)
         self._encoders.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
 
@@ -63,16 +88,38 @@ class TritonPythonModel:
         if triton_io.text(request, "command"):
             self._command(request, answer)
             return
-        ready = _read_request(request, self._config, answer)
+        ready = self._read_request(request, answer)
+        answer.expect(ready.parameters.n)
         pixels = triton_io.array(request, "pixels")
-        if pixels is None or not len(pixels):
+        has_images = pixels is not None and len(pixels) > 0
+        sent = {name: _word(request, name) for name in ("response_format", "tools", "tool_choice")}
+        if not has_images and not any(sent.values()):
             self._engine.submit(ready)
             return
-        self._image_requests.submit(answer.guard, functools.partial(self._submit_with_images, ready, pixels))
+        work = functools.partial(self._prepare, ready, sent, pixels if has_images else None)
+        self._preparing.submit(answer.guard, work)
 
-    def _submit_with_images(self, request: Request, pixels: NDArray[np.uint8]) -> None:
-        features = list(self._encoders.map(_encode, pixels))
-        self._engine.submit(dataclasses.replace(request, image_features=np.concatenate(features)))
+    def _prepare(self, request: Request, sent: Mapping[str, str], pixels: NDArray[np.uint8] | None) -> None:
+        """What takes longer than a hand-over: compile the answer's grammar, have the images encoded."""
+        request = self._formats.apply(request, **sent)
+        if pixels is not None:
+            features = list(self._encoders.map(_encode, pixels))
+            request = dataclasses.replace(request, image_features=np.concatenate(features))
+        self._engine.submit(request)
+
+    def _read_request(self, request: Any, answer: Answer) -> Request:
+        ids = triton_io.array(request, "input_ids")
+        if ids is None:
+            raise InvalidParameterError("the decoder needs input_ids (or a command); send prompts to the ensemble")
+        starts = triton_io.array(request, "image_starts")
+        return Request(
+            input_ids=ids.tolist(),
+            parameters=_read_parameters(request, self._config),
+            sink=answer.send,
+            image_starts=[] if starts is None else starts.tolist(),
+            request_id=_word(request, "request_id"),
+            is_cancelled=answer.is_cancelled,
+        )
 
     def _command(self, request: Any, answer: Answer) -> None:
         command = _word(request, "command")
@@ -83,13 +130,25 @@ class TritonPythonModel:
 
 
 class Answer:
-    """Where the responses of one Triton request go; thread-safe as far as one request needs."""
+    """Where the responses of one Triton request go: its ``n`` answers, in one stream."""
 
     def __init__(self, request: Any) -> None:
         self._sender = request.get_response_sender()
         stream = triton_io.array(request, "stream")
         self._streaming = stream is not None and bool(stream[0])
         self._held: list[Piece] = []
+        self._open = 1
+        self._sent = False
+
+    def expect(self, count: int) -> None:
+        """So many answers will come.
+
+        Raises:
+            InvalidParameterError: several, for a caller who wants a single response.
+        """
+        if count > 1 and not self._streaming:
+            raise InvalidParameterError("n above 1 needs stream: true, since every answer has responses of its own")
+        self._open = count
 
     def guard(self, work: Callable[[], None]) -> None:
         """Run, and turn an exception into this request's last response."""
@@ -107,61 +166,61 @@ class Answer:
         if not piece.finish_reason:
             if not self._streaming:
                 self._held.append(piece)
-            elif piece.text or piece.token_ids:
+            elif piece.text or piece.token_ids or piece.tool_calls:
                 self._sender.send(_response(piece))
+                self._sent = True
             return
-        if piece.error is not None and not (self._streaming or self._held or piece.token_ids):
-            response = triton_io.refuse(piece.error)
-        else:
-            response = _response(_joined([*self._held, piece]))
-        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._open -= 1
+        flags = 0 if self._open else pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        nothing_yet = not (self._held or self._sent or piece.token_ids)
+        if piece.error is not None and nothing_yet and not self._open:
+            self._sender.send(triton_io.refuse(piece.error), flags=flags)
+            return
+        self._sent = True
+        self._sender.send(_response(_joined([*self._held, piece])), flags=flags)
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
+    prompts = [piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs is not None]
     return dataclasses.replace(
         pieces[-1],
         text="".join(piece.text for piece in pieces),
         token_ids=tuple(token for piece in pieces for token in piece.token_ids),
         logprobs=tuple(value for piece in pieces for value in piece.logprobs),
+        top_logprobs=tuple(top for piece in pieces for top in piece.top_logprobs),
+        tool_calls=tuple(call for piece in pieces for call in piece.tool_calls),
+        prompt_logprobs=prompts[0] if prompts else None,
     )
 
 
 def _response(piece: Piece) -> Any:
-    usage = json.dumps(piece.usage.as_json()) if piece.usage else ""
+    calls = [call.as_json() for call in piece.tool_calls]
+    prompt = dataclasses.asdict(piece.prompt_logprobs) if piece.prompt_logprobs else None
     return triton_io.respond(
         {
             "text_output": [piece.text.encode()],
             "token_ids": np.asarray(piece.token_ids, np.int32),
-            "index": np.zeros(1, np.int32),
+            "index": np.full(1, piece.index, np.int32),
             "finish_reason": [piece.finish_reason.encode()],
-            "tool_calls": [b""],
-            "usage": [usage.encode()],
+            "tool_calls": [_json(calls)],
+            "usage": [_json(piece.usage.as_json() if piece.usage else None)],
             "token_logprobs": np.asarray(piece.logprobs, np.float32),
+            "top_logprobs": [_json(piece.top_logprobs)],
+            "prompt_token_logprobs": [_json(prompt)],
             "error_code": [piece.error.code.encode() if piece.error else b""],
         },
         MODEL,
     )
 
 
-def _read_request(request: Any, config: Config, answer: Answer) -> Request:
-    ids = triton_io.array(request, "input_ids")
-    if ids is None:
-        raise InvalidParameterError("the decoder needs input_ids (or a command); send prompts to the ensemble")
-    starts = triton_io.array(request, "image_starts")
-    return Request(
-        input_ids=ids.tolist(),
-        parameters=_read_parameters(request, config),
-        sink=answer.send,
-        image_starts=[] if starts is None else starts.tolist(),
-        request_id=_word(request, "request_id"),
-        is_cancelled=answer.is_cancelled,
-    )
+def _json(value: object) -> bytes:
+    """JSON, or nothing for nothing."""
+    return json.dumps(value, ensure_ascii=False).encode() if value else b""
 
 
 def _read_parameters(request: Any, config: Config) -> Parameters:
-    scalars = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "echo")
-    values: dict[str, object] = {name: _scalar(request, name) for name in scalars}
-    values |= {name: _scalar(request, name) for name in ("queue_timeout_ms", "deadline_ms")}
+    values: dict[str, object] = {name: _scalar(request, name) for name in SCALARS}
+    values["logit_bias"] = read_logit_bias(_word(request, "logit_bias"))
     values["stop"] = tuple(_decoded("stop", stop) for stop in triton_io.text(request, "stop"))
     ids = triton_io.array(request, "stop_token_ids")
     values["stop_token_ids"] = () if ids is None else tuple(ids.tolist())

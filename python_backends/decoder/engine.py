@@ -1,6 +1,7 @@
 """The decode loop: schedule, run, postprocess, until closed.
 
-One thread owns the runtime and every sequence; other threads only hand in requests and stops through a locked inbox.
+One thread owns the runtime and every sequence. Other threads hand in requests and stops, watch callers and write
+answers; they meet this one at a lock that is never held while a step runs.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ import threading
 import time
 from collections.abc import Callable
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from python_backends.config import Config
-from python_backends.decoder.detokenizer import Detokenizer, StopStrings
-from python_backends.decoder.scheduler import Row, Scheduler, Step
-from python_backends.decoder.sequence import ActiveSequence, Piece, Request
+from python_backends.decoder.adjustments import Adjustments
+from python_backends.decoder.answers import AnswerWriter, Drawn
+from python_backends.decoder.batch import make_inputs
+from python_backends.decoder.budget import PrefillBudget
+from python_backends.decoder.drafts import PromptLookup
+from python_backends.decoder.masks import StepMasks
+from python_backends.decoder.postprocess import Postprocessor
+from python_backends.decoder.scheduler import Scheduler, Step
+from python_backends.decoder.sequence import ActiveSequence, Request, seeds
+from python_backends.decoder.stats import Stats
 from python_backends.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -26,12 +33,16 @@ from python_backends.errors import (
     ServerUnavailableError,
     WiCoreError,
 )
-from python_backends.runtime.base import DecoderRuntime, StepInputs, StepOutputs
+from python_backends.runtime.base import DecoderRuntime, StepOutputs
 
 log = logging.getLogger("wicore")
 
 IDLE_WAIT_S = 0.5
-"""How often an idle engine looks at the deadlines and cancellations of its queue."""
+"""How often an idle engine looks at the deadlines of its queue."""
+WATCH_S = 0.01
+"""How often callers are asked whether they have gone."""
+PROMPT_LOGPROBS_CHUNK = 64
+"""Prompt tokens a step where their log-probabilities are wanted: each needs a row of logits."""
 
 
 class Engine:
@@ -40,7 +51,7 @@ class Engine:
     Args:
         runtime: executes the steps; closed with the engine.
         tokenizer: of the same checkpoint.
-        config: queue limits and chunk size.
+        config: queue limits, chunk size, fairness, drafts.
         clock: seconds, monotonic; a test may give its own.
     """
 
@@ -52,21 +63,32 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = runtime.spec
+        self.stats = Stats()
         self._runtime = runtime
-        self._tokenizer = tokenizer
         self._clock = clock
-        self._prefill_chunk = config.prefill_chunk
-        self._scheduler = Scheduler(self.spec.num_slots, config.max_queue)
+        self._config = config
+        self._scheduler = Scheduler(
+            self.spec.num_slots, config.max_queue, config.max_overtakes, config.quantum_tokens or None
+        )
+        self._budget = PrefillBudget(config.prefill_chunk, config.target_inter_token_ms / 1000)
+        self._writer = AnswerWriter(tokenizer)
+        self._masks = StepMasks(self.spec, config.max_draft)
+        self._postprocessor = Postprocessor(runtime, self._writer, self._masks, self.stats, config.max_draft)
         self._sequences: dict[int, ActiveSequence] = {}
+        self._forks: dict[int, list[ActiveSequence]] = {}
+        """By the sequence that computes the shared beginning: those waiting for it."""
         self._ids = itertools.count()
         self._changed = threading.Condition(threading.RLock())
-        self._stopped: set[str] = set()
         self._closing = False
-        self._thread = threading.Thread(target=self._loop, name="wicore-engine", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._loop, name="wicore-engine", daemon=True),
+            threading.Thread(target=self._watch, name="wicore-watch", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, request: Request) -> None:
-        """Queue a request; its answer goes to ``request.sink``.
+        """Queue a request; its answers go to ``request.sink``.
 
         Raises:
             OverloadedError: the queue is full.
@@ -74,201 +96,217 @@ class Engine:
             InvalidRequestError: the request does not fit the model (`Request.check`).
         """
         request.check(self.spec)
-        parameters = request.parameters
-        now = self._clock()
-        sequence = ActiveSequence(
-            sequence_id=next(self._ids),
-            request=request,
-            detokenizer=Detokenizer(self._tokenizer),
-            stops=StopStrings(parameters.stop),
-            max_tokens=min(parameters.max_tokens, self.spec.max_context_length - len(request.input_ids)),
-            queue_deadline_s=now + parameters.queue_timeout_ms / 1000,
-            deadline_s=now + parameters.deadline_ms / 1000,
-            tokens=list(request.input_ids),
-        )
-        spans = [(start, start + self.spec.tokens_per_image) for start in request.image_starts]
+        sequences = [self._sequence(request, index, seed) for index, seed in enumerate(seeds(request.parameters))]
         with self._changed:
             if self._closing:
                 raise ServerUnavailableError("the server is shutting down")
-            if not self._scheduler.can_add():
-                raise OverloadedError(f"{len(self._scheduler.waiting)} requests are waiting already; try again later")
-            if parameters.echo:
-                request.sink(Piece(self._tokenizer.decode(list(request.input_ids), skip_special_tokens=True)))
-            size = len(request.input_ids) + sequence.max_tokens
-            self._scheduler.add(sequence.sequence_id, len(request.input_ids), spans, size=size)
-            self._sequences[sequence.sequence_id] = sequence
-            self._changed.notify()
+            if not self._scheduler.can_add(len(sequences)):
+                raise OverloadedError(f"{len(self._scheduler.queued)} requests are waiting already; try again later")
+            for sequence in sequences:
+                self._sequences[sequence.sequence_id] = sequence
+                self._writer.begin(sequence)
+            self._queue(sequences)
+            self._changed.notify_all()
 
     def stop(self, request_id: str) -> bool:
         """End the requests of that id before the next step; whether there was one."""
         with self._changed:
-            found = any(sequence.request.request_id == request_id for sequence in self._sequences.values())
-            if found:
-                self._stopped.add(request_id)
-                self._changed.notify()
-            return found
+            found = [each for each in self._sequences.values() if each.request.request_id == request_id]
+            for sequence in found:
+                sequence.cancelled = True
+            self._changed.notify_all()
+            return bool(found)
 
     def close(self) -> None:
-        """End every request as cancelled, stop the thread and free the runtime."""
+        """End every request as cancelled, stop the threads and free the runtime."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._writer.close()
+        self._masks.close()
         self._runtime.close()
 
     def check_integrity(self) -> None:
         """Raise AssertionError where an invariant does not hold."""
         with self._changed:
             self._scheduler.check_integrity()
-            known = {*self._scheduler.waiting, *self._scheduler.running}
+            forked = {each.sequence_id for forks in self._forks.values() for each in forks}
+            known = {*self._scheduler.waiting, *self._scheduler.running} | forked
             assert known == set(self._sequences), "the scheduler and the engine know different sequences"
 
+    # --- one step ---------------------------------------------------------------------------------------------
+
     def _loop(self) -> None:
-        while True:
-            with self._changed:
-                self._sweep()
-                if self._closing:
-                    return
-                step = self._scheduler.schedule(self._prefill_chunk)
-                if step is None:
-                    self._changed.wait(IDLE_WAIT_S if self._sequences else None)
-                    continue
-            try:
-                outputs = self._run(step)
-            except Exception as error:
-                self._fail(step, error)
-                continue
+        while (step := self._schedule()) is not None:
+            outputs = self._run(step)
             self._postprocess(step, outputs)
 
-    def _run(self, step: Step) -> StepOutputs:
-        first = step.rows[0].slot
-        rows = {row.slot - first: row for row in step.rows}
-        size = step.rows[-1].slot - first + 1
-        width = max(row.count for row in step.rows)
-        inputs = _empty_inputs(first, size, width)
-        for index, row in rows.items():
-            sequence = self._sequences[row.sequence_id]
-            chunk = sequence.tokens[row.start : row.start + row.count]
-            inputs.input_ids[index, : row.count] = chunk
-            inputs.past_len[index] = row.start
-            inputs.query_len[index] = row.count
-            inputs.logit_positions[index, 0] = max(0, row.count - 1)
-            self._fill_sampling(inputs, index, row, sequence)
-            self._fill_images(inputs, index, row, sequence)
-        return self._runtime.step(inputs)
-
-    def _fill_sampling(self, inputs: StepInputs, index: int, row: Row, sequence: ActiveSequence) -> None:
-        parameters = sequence.request.parameters
-        if not row.samples or parameters.temperature == 0:
-            return
-        inputs.temperature[index] = parameters.temperature
-        inputs.top_k[index] = max(0, min(parameters.top_k, self.spec.vocab_size))
-        inputs.top_p[index] = parameters.top_p
-        inputs.min_p[index] = parameters.min_p
-        # Keyed by seed and position alone, so the draw does not depend on what shares the batch.
-        generator = np.random.Generator(np.random.Philox(key=sequence.seed, counter=row.start + row.count))
-        inputs.uniform[index, 0] = generator.random()
-
-    def _fill_images(self, inputs: StepInputs, index: int, row: Row, sequence: ActiveSequence) -> None:
-        request = sequence.request
-        size = self.spec.tokens_per_image
-        end = row.start + row.count
-        inside = [number for number, start in enumerate(request.image_starts) if row.start <= start < end]
-        if not inside:
-            return
-        assert request.image_features is not None
-        inputs.image_features = request.image_features[inside[0] * size : (inside[-1] + 1) * size]
-        inputs.image_index = np.full_like(inputs.input_ids, -1)
-        inputs.image_group = np.full_like(inputs.input_ids, -1)
-        for order, number in enumerate(inside):
-            start = request.image_starts[number] - row.start
-            inputs.image_index[index, start : start + size] = np.arange(order * size, (order + 1) * size)
-            inputs.image_group[index, start : start + size] = order
-
-    def _postprocess(self, step: Step, outputs: StepOutputs) -> None:
-        first = step.rows[0].slot
+    def _schedule(self) -> Step | None:
+        """Wait for work; None when closed."""
         with self._changed:
-            for row in step.rows:
-                self._scheduler.computed(row)
+            while True:
+                self._sweep()
+                if self._closing:
+                    return None
+                step = self._scheduler.schedule(self._budget.tokens(self._scheduler.decoding))
+                if step is not None:
+                    return step
+                self._changed.wait(IDLE_WAIT_S if self._sequences else None)
+
+    def _run(self, step: Step) -> StepOutputs | WiCoreError:
+        try:
+            for move in step.set_aside:
+                self._sequences[move.sequence_id].state = self._runtime.export_slot(move.slot, move.length)
+            for move in step.resume:
+                sequence = self._sequences[move.sequence_id]
+                assert sequence.state is not None
+                self._runtime.import_slot(move.slot, sequence.state)
+                sequence.state = None
+            masks = self._masks.collect(step, self._sequences)
+            inputs = make_inputs(step, self._sequences, self.spec, masks)
+            start = time.perf_counter()
+            outputs = self._runtime.step(inputs)
+            seconds = time.perf_counter() - start
+        except WiCoreError as error:
+            log.exception("a step failed")
+            return error
+        except Exception:
+            log.exception("a step failed")
+            return InternalError("a decode step failed; see the server's log")
+        self.stats.moved(len(step.set_aside) + len(step.resume))
+        self._observe(step, inputs.input_ids.shape, seconds)
+        return outputs
+
+    def _postprocess(self, step: Step, outputs: StepOutputs | WiCoreError) -> None:
+        if isinstance(outputs, WiCoreError):
+            involved = {row.sequence_id for row in step.rows}
+            involved |= {move.sequence_id for move in (*step.set_aside, *step.resume)}
+            with self._changed:
+                for sequence_id in involved:
+                    self._end(self._sequences[sequence_id], "error", outputs)
+            return
+        for row, drawn, ended in self._postprocessor.accept(step, outputs, self._sequences):
+            with self._changed:
+                self._scheduler.computed(row, drawn)
+                if ended:
+                    self._remove(self._sequences[row.sequence_id])
         for row in step.rows:
-            if row.samples:
-                index = row.slot - first
-                self._accept(row, int(outputs.next_token[index, 0]), float(outputs.logprob[index, 0]))
+            self._share(row.sequence_id, row.slot, row.start + row.count)
 
-    def _accept(self, row: Row, token: int, logprob: float) -> None:
-        sequence = self._sequences[row.sequence_id]
-        parameters = sequence.request.parameters
-        sequence.tokens.append(token)
-        is_eos = token in self.spec.eos_token_ids and not parameters.ignore_eos
-        ended = is_eos or token in parameters.stop_token_ids
-        # The token that ends an answer is counted but has no text.
-        text, stopped = ("", False) if ended else sequence.stops.add(sequence.detokenizer.add(token))
-        finished = ended or stopped
-        reason = "stop" if finished else ""
-        if not finished and sequence.usage.completion_tokens >= sequence.max_tokens:
-            reason = "length"
-        if reason and not stopped:
-            text += self._rest(sequence)
-        piece = Piece(text, (token,), (logprob,), reason, sequence.usage if reason else None)
-        if reason:
-            self._finish(sequence, piece)
+    def _observe(self, step: Step, shape: tuple[int, ...], seconds: float) -> None:
+        rows, width = shape
+        useful = sum(row.count for row in step.rows)
+        self.stats.observe(step.kind, useful, rows * width, seconds)
+        if step.kind == "prefill":
+            self._budget.observe_prefill(useful, seconds)
         else:
-            self._send(sequence, piece)
+            self._budget.observe_decode(seconds)
+            self._postprocessor.cost.observe(rows, width, seconds)
 
-    def _rest(self, sequence: ActiveSequence) -> str:
-        text, stopped = sequence.stops.add(sequence.detokenizer.finish())
-        return text if stopped else text + sequence.stops.finish()
+    # --- sequences --------------------------------------------------------------------------------------------
+
+    def _sequence(self, request: Request, index: int, seed: int) -> ActiveSequence:
+        parameters = request.parameters
+        now = self._clock()
+        banned = (*self.spec.eos_token_ids, *parameters.stop_token_ids) if parameters.min_tokens else ()
+        adjusts = bool(parameters.logit_bias or banned) or not parameters.penalties.neutral
+        bias = dict(parameters.logit_bias)
+        adjustments = Adjustments(parameters.penalties, bias, request.input_ids, banned) if adjusts else None
+        # Penalties count what a draft would still have to draw, so they and drafts exclude each other.
+        drafts = self._config.max_draft and parameters.penalties.neutral and not banned
+        return ActiveSequence(
+            sequence_id=next(self._ids),
+            request=request,
+            index=index,
+            max_tokens=min(parameters.max_tokens, self.spec.max_context_length - len(request.input_ids)),
+            queue_deadline_s=now + parameters.queue_timeout_ms / 1000,
+            deadline_s=now + parameters.deadline_ms / 1000,
+            tokens=list(request.input_ids),
+            seed=seed,
+            adjustments=adjustments,
+            matcher=request.grammar.matcher() if request.grammar else None,
+            lookup=PromptLookup(request.input_ids) if drafts else None,
+        )
+
+    def _queue(self, sequences: list[ActiveSequence]) -> None:
+        """Queue the answers of one request: all at once, or the first, and the others when the prompt is computed."""
+        first, *others = sequences
+        size = self.spec.tokens_per_image
+        shared = first.prompt_length - 1
+        splits_image = any(start < shared < start + size for start in first.request.image_starts)
+        if others and shared and not splits_image:
+            self._forks[first.sequence_id] = others
+            self._add(first, boundary=shared)
+        else:
+            for sequence in sequences:
+                self._add(sequence)
+
+    def _add(self, sequence: ActiveSequence, boundary: int = 0, computed: int = 0) -> None:
+        parameters, size = sequence.request.parameters, self.spec.tokens_per_image
+        limits = {} if parameters.prompt_logprobs is None else {"largest_chunk": PROMPT_LOGPROBS_CHUNK}
+        self._scheduler.add(
+            sequence.sequence_id,
+            sequence.prompt_length,
+            [(start, start + size) for start in sequence.request.image_starts],
+            priority=parameters.priority,
+            size=sequence.prompt_length + sequence.max_tokens,
+            boundary=boundary,
+            computed=computed,
+            **limits,
+        )
+
+    def _share(self, sequence_id: int, slot: int, computed: int) -> None:
+        """Where a shared beginning is computed, queue the sequences that wait for it."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence_id not in self._forks or sequence is None or computed != sequence.prompt_length - 1:
+            return
+        state = self._runtime.export_slot(slot, computed)
+        with self._changed:
+            for fork in self._forks.pop(sequence_id):
+                fork.state = state
+                self._add(fork, computed=computed)
 
     def _sweep(self) -> None:
         """End what was stopped, cancelled, or is past its time. Called with the lock held, between steps."""
         now = self._clock()
         queued = set(self._scheduler.queued)
         for sequence in list(self._sequences.values()):
-            request = sequence.request
-            if self._closing or request.request_id in self._stopped or request.is_cancelled():
+            if sequence.stopped:
+                self._remove(sequence)
+            elif self._closing or sequence.cancelled:
                 self._end(sequence, "cancelled", CancelledError("the request was stopped"))
             elif now >= sequence.deadline_s:
                 self._end(sequence, "deadline", DeadlineExceededError("the request's deadline passed"))
             elif sequence.sequence_id in queued and now >= sequence.queue_deadline_s:
                 self._end(sequence, "deadline", DeadlineExceededError("no slot became free within the queue timeout"))
-        self._stopped.clear()
-
-    def _fail(self, step: Step, error: Exception) -> None:
-        log.error("a step failed", exc_info=error)
-        ours = (
-            error if isinstance(error, WiCoreError) else InternalError("the decode step failed; see the server's log")
-        )
-        for row in step.rows:
-            self._end(self._sequences[row.sequence_id], "error", ours)
 
     def _end(self, sequence: ActiveSequence, reason: str, error: WiCoreError) -> None:
-        self._finish(sequence, Piece(self._rest(sequence), (), (), reason, sequence.usage, error))
+        """Free the slot first, then tell the caller: who hears the end may count on the slot."""
+        self._remove(sequence)
+        self._writer.write(Drawn(sequence, (), (), finish_reason=reason, error=error))
 
-    def _finish(self, sequence: ActiveSequence, piece: Piece) -> None:
-        """Free the slot first, then tell the client: who hears the end may count on the slot."""
-        with self._changed:
-            self._scheduler.remove(sequence.sequence_id)
-            del self._sequences[sequence.sequence_id]
-        self._send(sequence, piece)
+    def _remove(self, sequence: ActiveSequence) -> None:
+        del self._sequences[sequence.sequence_id]
+        self._masks.forget(sequence.sequence_id)
+        waiting = next((forks for forks in self._forks.values() if sequence in forks), None)
+        if waiting is not None:
+            waiting.remove(sequence)
+            return
+        self._scheduler.remove(sequence.sequence_id)
+        for fork in self._forks.pop(sequence.sequence_id, ()):  # nobody computes the beginning for them now
+            self._add(fork)
 
-    def _send(self, sequence: ActiveSequence, piece: Piece) -> None:
-        try:
-            sequence.request.sink(piece)
-        except Exception:
-            log.exception("an answer could not be sent")
-
-
-def _empty_inputs(first_slot: int, size: int, width: int) -> StepInputs:
-    """Greedy and idle in every row."""
-    return StepInputs(
-        first_slot=first_slot,
-        input_ids=np.zeros((size, width), np.int32),
-        past_len=np.zeros(size, np.int32),
-        query_len=np.zeros(size, np.int32),
-        logit_positions=np.zeros((size, 1), np.int32),
-        temperature=np.zeros(size, np.float32),
-        top_k=np.zeros(size, np.int32),
-        top_p=np.ones(size, np.float32),
-        min_p=np.zeros(size, np.float32),
-        uniform=np.full((size, 1), 0.5, np.float32),
-    )
+    def _watch(self) -> None:
+        """Ask callers whether they have gone, beside the steps: the answer can take a while."""
+        while not self._closing:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self._sequences)
+                sequences = list(self._sequences.values())
+            for sequence in sequences:
+                if not sequence.cancelled and sequence.request.is_cancelled():
+                    with self._changed:
+                        sequence.cancelled = True
+                        self._changed.notify_all()
+            time.sleep(WATCH_S)

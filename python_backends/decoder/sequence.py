@@ -1,67 +1,27 @@
-"""What a request asks for, and a request on its way to being answered."""
+"""A request, the sequences that answer it, and the pieces its answers come in."""
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from python_backends.config import Config
-from python_backends.decoder.detokenizer import Detokenizer, StopStrings
+from python_backends.decoder.adjustments import Adjustments
+from python_backends.decoder.drafts import DraftGain, PromptLookup
+from python_backends.decoder.grammar import Grammar, Matcher
+from python_backends.decoder.parameters import Parameters
+from python_backends.decoder.tool_calls import ToolCall
+from python_backends.decoder.tools import Tool
 from python_backends.errors import ContextLengthError, ImageCountError, InvalidParameterError, WiCoreError
-from python_backends.runtime.base import DecoderSpec, Float32
+from python_backends.runtime.base import DecoderSpec, Float32, SlotState
 
-MAX_TEMPERATURE = 100.0
-MAX_STOPS = 16
-MAX_STOP_LENGTH = 1024
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """How the answer is drawn and when it ends. Times are milliseconds.
-
-    Raises:
-        InvalidParameterError: a value outside its range; the message names it.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    echo: bool = False
-    queue_timeout_ms: int = 60_000
-    deadline_ms: int = 600_000
-
-    def __post_init__(self) -> None:
-        _within("max_tokens", self.max_tokens, 1, math.inf)
-        _within("temperature", self.temperature, 0, MAX_TEMPERATURE)
-        _within("top_k", self.top_k, -1, math.inf)
-        _within("top_p", self.top_p, 0, 1)
-        _within("min_p", self.min_p, 0, 1)
-        _within("queue_timeout_ms", self.queue_timeout_ms, 1, math.inf)
-        _within("deadline_ms", self.deadline_ms, 1, math.inf)
-        if len(self.stop) > MAX_STOPS:
-            raise InvalidParameterError(f"{len(self.stop)} stop strings; at most {MAX_STOPS} are allowed")
-        for stop in self.stop:
-            if not 1 <= len(stop) <= MAX_STOP_LENGTH:
-                raise InvalidParameterError(f"a stop string has 1 to {MAX_STOP_LENGTH} characters, not {len(stop)}")
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # also false for NaN
-        bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise InvalidParameterError(f"{name} is {value:g}; it must be {bound}")
+TopLogprobs = tuple[tuple[int, float], ...]
+"""(token id, log-probability) of the most likely tokens at one position, in falling order."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one request."""
+    """Tokens of one answer."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -77,12 +37,26 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class PromptLogprobs:
+    """Log-probability of each prompt token given those before it, from the second token on."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top: tuple[TopLogprobs, ...]
+
+
+@dataclass(frozen=True)
 class Piece:
-    """A part of an answer. The last one has a finish reason (stop, length, cancelled, deadline, error) and usage."""
+    """A part of an answer. The last has a finish reason: stop, length, tool_calls, cancelled, deadline or error."""
 
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    index: int = 0
+    """Which of the request's ``n`` answers."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
     finish_reason: str = ""
     usage: Usage | None = None
     error: WiCoreError | None = None
@@ -90,10 +64,10 @@ class Piece:
 
 @dataclass
 class Request:
-    """A prompt and where its answer goes.
+    """A prompt and where its answers go.
 
-    ``sink`` is called from the engine's thread, in order, the last time with a finish reason. ``is_cancelled`` is asked
-    between steps.
+    ``sink`` is called from one thread, in order, for each answer the last time with a finish reason. ``is_cancelled``
+    is asked every few milliseconds.
     """
 
     input_ids: Sequence[int]
@@ -104,6 +78,8 @@ class Request:
     """[images × tokens per image, D]"""
     request_id: str = ""
     is_cancelled: Callable[[], bool] = lambda: False
+    grammar: Grammar | None = None
+    tools: Sequence[Tool] = ()
 
     def check(self, spec: DecoderSpec) -> None:
         """Refuse what the model cannot answer.
@@ -119,7 +95,8 @@ class Request:
                 f"the prompt has {length} tokens; this server takes 1 to {spec.max_context_length - 1}, "
                 "so that one is left for the answer"
             )
-        ids = (*self.input_ids, *self.parameters.stop_token_ids)
+        biased = (token for token, _ in self.parameters.logit_bias)
+        ids = (*self.input_ids, *self.parameters.stop_token_ids, *biased)
         if min(ids) < 0 or max(ids) >= spec.vocab_size:
             raise InvalidParameterError(f"token ids must lie in 0 … {spec.vocab_size - 1}")
         placeholders = sum(1 for token in self.input_ids if token == spec.image_token_id)
@@ -130,22 +107,31 @@ class Request:
 
 @dataclass
 class ActiveSequence:
-    """A request in the engine: filled by `Engine.submit`, grown by `Engine._postprocess`, in no other place."""
+    """One answer in the making; touched by the engine's thread alone, but for ``cancelled`` and ``stopped``."""
 
     sequence_id: int
     request: Request
-    detokenizer: Detokenizer
-    stops: StopStrings
+    index: int
     max_tokens: int
     queue_deadline_s: float
     deadline_s: float
     tokens: list[int]
     """Prompt and answer so far."""
-    seed: int = field(default=0)
-
-    def __post_init__(self) -> None:
-        chosen = self.request.parameters.seed
-        self.seed = secrets.randbits(64) if chosen is None else chosen
+    seed: int
+    adjustments: Adjustments | None
+    matcher: Matcher | None
+    lookup: PromptLookup | None
+    """None where drafts are off."""
+    gain: DraftGain = field(default_factory=DraftGain)
+    draft: list[int] = field(default_factory=list)
+    """Guesses for the tokens after the next one, checked in the next step."""
+    state: SlotState | None = None
+    """The KV while the sequence is set aside, or before a shared beginning is put into its slot."""
+    cancelled: bool = False
+    """Set by the thread that watches callers."""
+    stopped: bool = False
+    """Set by the answer writer when a stop string was found."""
+    prompt_parts: list[PromptLogprobs] = field(default_factory=list)
 
     @property
     def prompt_length(self) -> int:
@@ -153,21 +139,12 @@ class ActiveSequence:
         return len(self.request.input_ids)
 
     @property
-    def usage(self) -> Usage:
-        """Tokens so far."""
-        return Usage(self.prompt_length, len(self.tokens) - self.prompt_length)
+    def answered(self) -> int:
+        """Tokens of the answer."""
+        return len(self.tokens) - self.prompt_length
 
 
-def parameters_within(config: Config, **values: object) -> Parameters:
-    """Parameters with the server's defaults for what a request leaves out (None).
-
-    Raises:
-        InvalidParameterError: a value outside its range.
-    """
-    chosen: dict[str, object] = {
-        "max_tokens": config.max_tokens,
-        "queue_timeout_ms": config.queue_timeout_ms,
-        "deadline_ms": config.deadline_ms,
-    }
-    chosen.update({name: value for name, value in values.items() if value is not None})
-    return Parameters(**chosen)  # type: ignore[arg-type]
+def seeds(parameters: Parameters) -> list[int]:
+    """One seed per answer: the request's and those after it, or random ones."""
+    first = secrets.randbits(63) if parameters.seed is None else parameters.seed
+    return [(first + index) % 2**64 for index in range(parameters.n)]

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from python_backends.decoder.response_format import EXACT, json_rule, lark_string
 from python_backends.errors import InvalidParameterError
 
 MAX_TOOLS = 128
+MODES = ("none", "auto", "required")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FUNCTION_KEYS = ("name", "description", "parameters", "strict")
 
@@ -53,6 +53,21 @@ class ToolChoice:
     name: str | None = None
 
 
+def read_request(tools: str, tool_choice: str) -> tuple[tuple[Tool, ...], ToolChoice]:
+    """The two inputs of a request as they arrive, JSON texts; empty where absent. A mode may stand without its quotes.
+
+    Raises:
+        InvalidParameterError: see `read_tools` and `read_tool_choice`; a choice without tools.
+    """
+    found = read_tools(_json("tools", tools)) if tools else ()
+    if tool_choice and not found:
+        raise InvalidParameterError("tool_choice needs tools")
+    if not tool_choice:
+        return found, ToolChoice("auto")
+    value = tool_choice if tool_choice in MODES else _json("tool_choice", tool_choice)
+    return found, read_tool_choice(value, found)
+
+
 def read_tools(value: object) -> tuple[Tool, ...]:
     """The `tools` list of a request (parsed JSON).
 
@@ -77,7 +92,7 @@ def read_tool_choice(value: object, tools: Sequence[Tool]) -> ToolChoice:
     Raises:
         InvalidParameterError: neither none, auto, required nor a function among ``tools``.
     """
-    if value is None or value in ("none", "auto", "required"):
+    if value is None or value in MODES:
         return ToolChoice("auto" if value is None else str(value))
     function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
     name = function.get("name") if isinstance(function, dict) else None
@@ -91,7 +106,11 @@ def read_tool_choice(value: object, tools: Sequence[Tool]) -> ToolChoice:
 
 
 def render_tools(tools: Sequence[Tool], choice: ToolChoice) -> str:
-    """The text that goes in front of the first user turn (Gemma has no system turn); empty where none may be called."""
+    """The text that goes in front of the first user turn (Gemma has no system turn); empty where none may be called.
+
+    Raises:
+        InvalidParameterError: a schema nested too deeply to be written.
+    """
     if choice.mode == "none":
         return ""
     demand = ""
@@ -100,7 +119,11 @@ def render_tools(tools: Sequence[Tool], choice: ToolChoice) -> str:
     elif choice.mode == "required":
         demand = "\nYou MUST call at least one function now"
     functions = [{"name": tool.name, "description": tool.description, "parameters": tool.parameters} for tool in tools]
-    return f"{_INTRODUCTION}{demand}\n{json.dumps(functions, indent=2, ensure_ascii=False)}"
+    try:
+        written = json.dumps(functions, indent=2, ensure_ascii=False)
+    except RecursionError as error:
+        raise InvalidParameterError("tools has a schema that is nested too deeply") from error
+    return f"{_INTRODUCTION}{demand}\n{written}"
 
 
 def render_calls(calls: Sequence[tuple[str, str]]) -> str:
@@ -110,7 +133,10 @@ def render_calls(calls: Sequence[tuple[str, str]]) -> str:
         InvalidParameterError: arguments that are not a JSON object.
     """
     written = [{"name": name, "parameters": _arguments(name, arguments)} for name, arguments in calls]
-    return json.dumps(written[0] if len(written) == 1 else written, ensure_ascii=False)
+    try:
+        return json.dumps(written[0] if len(written) == 1 else written, ensure_ascii=False)
+    except RecursionError as error:
+        raise InvalidParameterError("the arguments of a call are nested too deeply") from error
 
 
 def render_result(name: str, content: str) -> str:
@@ -128,6 +154,9 @@ def call_grammar(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool = 
     """
     if choice.mode != "required":
         return None
+    # The tokenizer stage renders tools too, and needs no grammar engine for it (15 MB, 0.1 s).
+    from python_backends.decoder.response_format import EXACT, json_rule, lark_string
+
     chosen = [tool for tool in tools if choice.name in (None, tool.name)]
     rules = [
         f'call_{number}: {lark_string(_call_start(tool.name))} {json_rule(_closed(tool.parameters), tool.name)} "}}"'
@@ -168,6 +197,13 @@ def _tool(value: object, where: str) -> Tool:
     if not isinstance(parameters.get("properties", {}), dict):
         raise InvalidParameterError(f"{where}.function.parameters.properties must be a JSON object")
     return Tool(name, description, {"type": "object", **parameters})
+
+
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidParameterError(f"{name} is not valid JSON: {error}") from error
 
 
 def _arguments(name: str, text: str) -> dict[str, Any]:

@@ -5,25 +5,21 @@ import time
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models
 
 from python_backends.config import Config
 from python_backends.decoder.engine import Engine
-from python_backends.decoder.sequence import Parameters, Request
+from python_backends.decoder.parameters import Parameters
 from python_backends.errors import ContextLengthError, InvalidParameterError, OverloadedError, ServerUnavailableError
-from tests.checkpoints import FIRST_TEXT, VOCAB, tiny
-from tests.python_backends.runtime.driver import decoder
+from tests.checkpoints import VOCAB, tiny
+from tests.driver import decoder
+from tests.python_backends.decoder.callers import Caller, alone, prompt, word_tokenizer
 
-WAIT_S = 60
 SLOTS = 4
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One word per id, so that text shows which tokens were drawn."""
-    built = Tokenizer(models.WordLevel({f"w{token} ": token for token in range(VOCAB)}, unk_token="w3 "))
-    built.decoder = decoders.Fuse()
-    return built
+    return word_tokenizer()
 
 
 @pytest.fixture
@@ -31,53 +27,6 @@ def engine(tokenizer):
     built = Engine(decoder(tiny("1b"), num_slots=SLOTS, context=256), tokenizer, Config(prefill_chunk=16, max_queue=64))
     yield built
     built.close()
-
-
-class Caller:
-    """A request and all it was answered."""
-
-    def __init__(self, ids, request_id="", **parameters):
-        self.pieces = []
-        self.ended = threading.Event()
-        self.cancelled = False
-        parameters = Parameters(**({"max_tokens": 8, "ignore_eos": True} | parameters))
-        self.request = Request(
-            ids, parameters, self.receive, request_id=request_id, is_cancelled=lambda: self.cancelled
-        )
-
-    def receive(self, piece):
-        assert not self.ended.is_set(), "a piece after the last"
-        self.pieces.append(piece)
-        if piece.finish_reason:
-            self.ended.set()
-
-    def to(self, engine):
-        engine.submit(self.request)
-        return self
-
-    def wait(self):
-        assert self.ended.wait(WAIT_S), "never answered"
-        return self
-
-    @property
-    def tokens(self):
-        return [token for piece in self.pieces for token in piece.token_ids]
-
-    @property
-    def text(self):
-        return "".join(piece.text for piece in self.pieces)
-
-    @property
-    def last(self):
-        return self.pieces[-1]
-
-
-def prompt(seed, length):
-    return np.random.default_rng(seed).integers(FIRST_TEXT, 500, length).tolist()
-
-
-def alone(engine, *args, **parameters):
-    return Caller(*args, **parameters).to(engine).wait()
 
 
 def test_tokens_are_the_same_alone_and_among_random_arrivals(engine):
