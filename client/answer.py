@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from tritonclient.grpc import InferResult, service_pb2
@@ -31,6 +31,50 @@ class Usage:
     cached_tokens: dict[str, int] = field(default_factory=dict)
 
 
+class TokenLogprob(NamedTuple):
+    """A token that could have stood at a place, and the natural logarithm of its probability there."""
+
+    token_id: int
+    logprob: float
+
+
+TopLogprobs = tuple[TokenLogprob, ...]
+"""The most likely tokens at one place, in falling order."""
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Of each prompt token given those before it, from the second token on."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top: tuple[TopLogprobs, ...]
+    """Empty unless more than the prompt's own tokens were asked for."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that the model wants called. Ask again with `Answer.message` and each call's `result` behind it."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON text; the model wrote it, so check it before acting on it."""
+
+    def parsed(self) -> dict[str, Any]:
+        """The arguments by name."""
+        values: dict[str, Any] = json.loads(self.arguments)
+        return values
+
+    def result(self, content: str) -> dict[str, Any]:
+        """What the function returned, as a message."""
+        return {"role": "tool", "tool_call_id": self.id, "content": content}
+
+    def as_dict(self) -> dict[str, Any]:
+        """As OpenAI writes it."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of an answer, as it arrives. The last one has a finish reason and the usage."""
@@ -39,10 +83,16 @@ class Piece:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     """Of the tokens, natural logarithm."""
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    """For each token; empty unless asked for."""
+    index: int = 0
+    """Which of the request's ``n`` answers."""
     finish_reason: str = ""
     """Empty until the last piece; then stop, length, tool_calls, cancelled, deadline or error."""
-    tool_calls: tuple[dict[str, Any], ...] = ()
-    """As OpenAI writes them."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Each comes whole, and its text in no piece."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """In one piece, where asked for."""
     usage: Usage | None = None
     error: WiCoreError | None = None
     """Why the answer is not complete; raised after this piece."""
@@ -61,7 +111,20 @@ class Answer:
     ttft_s: float
     """Until the first piece."""
     duration_s: float
-    tool_calls: tuple[dict[str, Any], ...] = ()
+    index: int = 0
+    tool_calls: tuple[ToolCall, ...] = ()
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    """For each token; empty unless asked for."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """Where asked for; of several answers to one prompt the first has them."""
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant's message, to ask on with."""
+        found: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.tool_calls:
+            found["tool_calls"] = [call.as_dict() for call in self.tool_calls]
+        return found
 
     @property
     def tokens_per_s(self) -> float:
@@ -80,7 +143,7 @@ class Answer:
             "duration_s": round(self.duration_s, 4),
             "tokens_per_s": round(self.tokens_per_s, 2),
             "token_ids": list(self.token_ids),
-            **({"tool_calls": list(self.tool_calls)} if self.tool_calls else {}),
+            **({"tool_calls": [call.as_dict() for call in self.tool_calls]} if self.tool_calls else {}),
         }
 
 
@@ -101,6 +164,7 @@ class AnswerBuilder:
     def finish(self, now: float) -> Answer:
         """The answer; the last piece must have been added."""
         last = self._pieces[-1]
+        prompts = (piece.prompt_logprobs for piece in self._pieces if piece.prompt_logprobs)
         return Answer(
             text="".join(piece.text for piece in self._pieces),
             token_ids=tuple(token for piece in self._pieces for token in piece.token_ids),
@@ -110,8 +174,54 @@ class AnswerBuilder:
             request_id=self._request_id,
             ttft_s=self._ttft_s,
             duration_s=now,
+            index=last.index,
             tool_calls=tuple(call for piece in self._pieces for call in piece.tool_calls),
+            top_logprobs=tuple(top for piece in self._pieces for top in piece.top_logprobs),
+            prompt_logprobs=next(prompts, None),
         )
+
+
+class AnswersBuilder:
+    """`AnswerBuilder` for the ``n`` answers of one request, whose pieces arrive mixed."""
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
+        self._builders: dict[int, AnswerBuilder] = {}
+        self._last_s: dict[int, float] = {}
+
+    def add(self, piece: Piece, now: float) -> None:
+        """Take a piece of any of them."""
+        self._builders.setdefault(piece.index, AnswerBuilder(self._request_id)).add(piece, now)
+        self._last_s[piece.index] = now
+
+    def finish(self) -> tuple[Answer, ...]:
+        """By index; every last piece must have been added."""
+        return tuple(self._builders[index].finish(self._last_s[index]) for index in sorted(self._builders))
+
+
+class Progress:
+    """How many of a request's ``n`` answers have ended, and why one of them is not complete."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._ended: set[int] = set()
+        self._error: WiCoreError | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Take the next piece."""
+        if piece.finish_reason:
+            self._ended.add(piece.index)
+            self._error = self._error or piece.error
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more will come."""
+        return len(self._ended) >= self._n
+
+    def check(self) -> None:
+        """Once nothing more will come: raises the error of an answer that ended early."""
+        if self.complete and self._error is not None:
+            raise self._error
 
 
 def read_piece(response: service_pb2.ModelStreamInferResponse) -> Piece | None:
@@ -126,13 +236,17 @@ def read_piece(response: service_pb2.ModelStreamInferResponse) -> Piece | None:
         return None
     result = InferResult(response.infer_response)
     usage = _word(result, "usage")
+    prompt = _word(result, "prompt_token_logprobs")
     reason = _word(result, "finish_reason")
     return Piece(
         text=_word(result, "text_output"),
         token_ids=tuple(result.as_numpy("token_ids").reshape(-1).tolist()),
         logprobs=tuple(result.as_numpy("token_logprobs").reshape(-1).tolist()),
+        top_logprobs=_tops(json.loads(_word(result, "top_logprobs") or "[]")),
+        index=int(result.as_numpy("index").item()),
         finish_reason=reason,
-        tool_calls=tuple(json.loads(_word(result, "tool_calls") or "[]")),
+        tool_calls=_tool_calls(_word(result, "tool_calls")),
+        prompt_logprobs=_prompt_logprobs(prompt) if prompt else None,
         usage=_usage(usage) if usage else None,
         error=_incomplete(_word(result, "error_code"), reason),
     )
@@ -147,6 +261,20 @@ def _word(result: InferResult, name: str) -> str:
 def _usage(text: str) -> Usage:
     values = json.loads(text)
     return Usage(values["prompt_tokens"], values["completion_tokens"], values.get("cached_tokens", {}))
+
+
+def _tool_calls(text: str) -> tuple[ToolCall, ...]:
+    entries = json.loads(text or "[]")
+    return tuple(ToolCall(entry["id"], entry["function"]["name"], entry["function"]["arguments"]) for entry in entries)
+
+
+def _tops(values: Sequence[Sequence[tuple[int, float]]]) -> tuple[TopLogprobs, ...]:
+    return tuple(tuple(TokenLogprob(*pair) for pair in pairs) for pairs in values)
+
+
+def _prompt_logprobs(text: str) -> PromptLogprobs:
+    values = json.loads(text)
+    return PromptLogprobs(tuple(values["token_ids"]), tuple(values["logprobs"]), _tops(values["top"]))
 
 
 _INCOMPLETE = {

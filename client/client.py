@@ -19,11 +19,11 @@ from typing import Any, Self, Unpack
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from client.answer import Answer, AnswerBuilder, Piece, from_rpc, read_piece
+from client.answer import Answer, AnswersBuilder, Piece, Progress, from_rpc, read_piece
 from client.connection import DEFAULT_ADDRESS
 from client.request import ImageLike, Messages, Options, generate_request, stop_request
 from python_backends import contract
-from python_backends.errors import ServerUnavailableError, WiCoreError
+from python_backends.errors import InvalidParameterError, ServerUnavailableError, WiCoreError
 
 TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 2.0
@@ -36,6 +36,17 @@ _CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_len
 def new_request_id() -> str:
     """A name for a request that no other has."""
     return secrets.token_hex(12)
+
+
+def _count(options: Options) -> int:
+    """How many answers were asked for; what is no number is refused when the request is made."""
+    n = options.get("n")
+    return n if isinstance(n, int) else 1
+
+
+def _refuse_several(options: Options) -> None:
+    if _count(options) > 1:
+        raise InvalidParameterError(f"n is {_count(options)} and generate gives one answer; use generate_n, or stream")
 
 
 def _truncated() -> ServerUnavailableError:
@@ -94,8 +105,29 @@ class Client:
         Raises:
             WiCoreError: as the class says; also where the answer ended early.
         """
+        _refuse_several(options)
+        (answer,) = self.generate_n(
+            prompt, messages=messages, images=images, timeout_s=timeout_s, request_id=request_id, **options
+        )
+        return answer
+
+    def generate_n(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        images: Sequence[ImageLike] = (),
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[Options],
+    ) -> tuple[Answer, ...]:
+        """The ``n`` answers to one prompt, by index, each with its own finish reason, usage and times.
+
+        Raises:
+            WiCoreError: as the class says; also where any of the answers ended early.
+        """
         request_id = request_id or new_request_id()
-        builder = AnswerBuilder(request_id)
+        builder = AnswersBuilder(request_id)
         begin = time.perf_counter()
         pieces = self.stream(
             prompt, messages=messages, images=images, timeout_s=timeout_s, request_id=request_id, **options
@@ -103,7 +135,7 @@ class Client:
         with closing(pieces):
             for piece in pieces:
                 builder.add(piece, time.perf_counter() - begin)
-        return builder.finish(time.perf_counter() - begin)
+        return builder.finish()
 
     def stream(
         self,
@@ -117,32 +149,32 @@ class Client:
     ) -> Generator[Piece, None, None]:
         """The answer piece by piece as it is decoded. Closing the iterator stops the request.
 
-        An answer that ends early gives its last piece, then raises that piece's error.
+        With ``n`` above 1 the pieces of the answers come mixed; `Piece.index` tells them apart. Where an answer ends
+        early, its last piece comes all the same, and its error is raised once every answer has ended.
         """
         request_id = request_id or new_request_id()
         request = generate_request(prompt, messages, images, request_id, options)
         call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s or self.timeout_s)
-        complete = False
+        progress, over = Progress(_count(options)), False
         try:
             for response in call:
                 piece = read_piece(response)
                 if piece is None:
                     continue
-                complete = bool(piece.finish_reason)
+                progress.add(piece)
                 yield piece
-                if piece.error:
-                    raise piece.error
-            if not complete:
+                progress.check()
+            if not progress.complete:
                 raise _truncated()
         except grpc.RpcError as error:
             failure = from_rpc(error, self.address)
-            complete = isinstance(failure, ServerUnavailableError)
+            over = isinstance(failure, ServerUnavailableError)
             raise failure from error
         except WiCoreError:
-            complete = True  # the server has ended it
+            over = True  # the server has ended it
             raise
         finally:
-            if not complete:
+            if not (over or progress.complete):
                 self._stop_later(request_id, call)
 
     def stop(self, request_id: str) -> bool:
@@ -221,8 +253,25 @@ class AsyncClient:
         **options: Unpack[Options],
     ) -> Answer:
         """See `Client.generate`."""
+        _refuse_several(options)
+        (answer,) = await self.generate_n(
+            prompt, messages=messages, images=images, timeout_s=timeout_s, request_id=request_id, **options
+        )
+        return answer
+
+    async def generate_n(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        images: Sequence[ImageLike] = (),
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[Options],
+    ) -> tuple[Answer, ...]:
+        """See `Client.generate_n`."""
         request_id = request_id or new_request_id()
-        builder = AnswerBuilder(request_id)
+        builder = AnswersBuilder(request_id)
         begin = time.perf_counter()
         pieces = self.stream(
             prompt, messages=messages, images=images, timeout_s=timeout_s, request_id=request_id, **options
@@ -230,7 +279,7 @@ class AsyncClient:
         async with aclosing(pieces):
             async for piece in pieces:
                 builder.add(piece, time.perf_counter() - begin)
-        return builder.finish(time.perf_counter() - begin)
+        return builder.finish()
 
     async def stream(
         self,
@@ -246,27 +295,26 @@ class AsyncClient:
         request_id = request_id or new_request_id()
         request = await asyncio.to_thread(generate_request, prompt, messages, images, request_id, options)
         call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s or self.timeout_s)
-        complete = False
+        progress, over = Progress(_count(options)), False
         try:
             async for response in call:
                 piece = read_piece(response)
                 if piece is None:
                     continue
-                complete = bool(piece.finish_reason)
+                progress.add(piece)
                 yield piece
-                if piece.error:
-                    raise piece.error
-            if not complete:
+                progress.check()
+            if not progress.complete:
                 raise _truncated()
         except grpc.RpcError as error:
             failure = from_rpc(error, self.address)
-            complete = isinstance(failure, ServerUnavailableError)
+            over = isinstance(failure, ServerUnavailableError)
             raise failure from error
         except WiCoreError:
-            complete = True  # the server has ended it
+            over = True  # the server has ended it
             raise
         finally:
-            if not complete:
+            if not (over or progress.complete):
                 task = asyncio.get_running_loop().create_task(self._stop_repeatedly(request_id, call))
                 self._stops.add(task)
                 task.add_done_callback(self._stops.discard)

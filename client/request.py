@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,36 +33,47 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Options(TypedDict, total=False):
-    """How the answer is drawn and when it ends; what is left out takes the server's default.
-
-    A server refuses by name what it does not offer.
-    """
+    """How the answer is drawn and when it ends; what is left out takes the server's default."""
 
     max_tokens: int
+    min_tokens: int
     temperature: float
     """0 is greedy."""
     top_k: int
     top_p: float
     min_p: float
-    min_tokens: int
+    seed: int
     repetition_penalty: float
+    """Above 1 makes tokens of the prompt and the answer less likely to come again; 1 is off."""
     presence_penalty: float
     frequency_penalty: float
-    logit_bias: Mapping[str, float]
-    """Token ids, as JSON's keys, to what is added to their logits."""
-    seed: int
-    stop: Sequence[str]
+    logit_bias: Mapping[int, float]
+    """Token id → what is added to its logit, −100 … 100."""
+    n: int
+    """Answers to the one prompt."""
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     echo: bool
-    tools: Sequence[Mapping[str, Any]]
-    """OpenAI's list of functions."""
-    tool_choice: str | Mapping[str, Any]
+    """Give the prompt's text out first."""
+    logprobs: int
+    """Most likely tokens to report beside each drawn one."""
+    prompt_logprobs: int
+    """Report the prompt's tokens as well, with so many of the most likely ones beside each."""
     response_format: Mapping[str, Any]
+    """``{"type": "json_schema", "json_schema": {"schema": …}}``, json_object, regex, choice or grammar."""
+    tools: Sequence[Mapping[str, Any]]
+    """OpenAI's list of functions that the model may call."""
+    tool_choice: str | Mapping[str, Any]
+    """none, auto, required, or OpenAI's object that names a function."""
     priority: int
+    """Lower is served sooner."""
     queue_timeout_ms: int
     deadline_ms: int
 
+
+_JSON = ("messages", "tools", "tool_choice", "response_format", "logit_bias")
+"""Inputs that hold JSON."""
 
 _NUMPY: dict[contract.TritonType, Any] = {
     "TYPE_INT32": np.int32,
@@ -87,13 +99,14 @@ def generate_request(
     """
     if (prompt is None) == (messages is None):
         raise EmptyPromptError("give either a prompt or messages")
-    values: dict[str, Any] = {"stream": True, "request_id": request_id, **options}
+    values: dict[str, Any] = {"stream": True, "request_id": request_id, **options, "messages": messages}
     if prompt is not None:
         values["text_input"] = prompt
-    if messages is not None:
-        values["messages"] = list(messages)
     if images:
         values["image"] = [encoded(image) for image in images]
+    if options.get("logit_bias") is not None:
+        values["logit_bias"] = _biases(options["logit_bias"])
+    values |= {name: _json(name, values[name]) for name in _JSON if values.get(name) is not None}
     return infer_request(contract.MODELS[contract.ENSEMBLE], values, request_id)
 
 
@@ -152,8 +165,6 @@ def _tensor(model: contract.Model, name: str) -> contract.Tensor:
 
 def _array(tensor: contract.Tensor, value: Any) -> NDArray[Any]:
     """[1, n] for a list, [1, 1] for a scalar."""
-    if tensor.dims == (1,) and tensor.dtype == "TYPE_STRING" and not isinstance(value, str | bytes):
-        value = _json(tensor.name, value)
     items = [value] if tensor.dims == (1,) or isinstance(value, str | bytes | int | float) else list(value)
     if tensor.dtype == "TYPE_STRING":
         filled = np.empty((1, len(items)), dtype=np.object_)
@@ -170,12 +181,32 @@ def _array(tensor: contract.Tensor, value: Any) -> NDArray[Any]:
     return converted
 
 
+def _biases(value: Any) -> dict[str, float]:
+    try:
+        return {str(_token_id(token)): float(bias) for token, bias in dict(value).items()}
+    except (TypeError, ValueError) as error:
+        raise InvalidParameterError(f"logit_bias must have numbers by token ids: {error}") from error
+
+
+def _token_id(key: Any) -> int:
+    return int(key) if isinstance(key, str) else operator.index(key)
+
+
 def _json(name: str, value: Any) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        # Any sequence and mapping, as the options say; json knows lists and dictionaries.
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
         kind = InvalidMessagesError if name == "messages" else InvalidParameterError
         raise kind(f"{name} cannot be written as JSON: {error}") from error
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
 def _text(name: str, value: str | bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from python_backends.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidImageError,
+    InvalidParameterError,
     OverloadedError,
     ServerUnavailableError,
     WiCoreError,
@@ -170,6 +172,127 @@ def test_a_stream_that_breaks_off_is_an_error() -> None:
 
     with serving(broken) as server, Client(server.address) as client, pytest.raises(ServerUnavailableError):
         client.generate("Hi")
+
+
+def mixed(values: dict[str, Any]) -> Iterator[Response]:
+    """As many answers as were asked for, the second of which ends first."""
+    count = values["n"].item()
+    prompt = {"token_ids": [4, 5], "logprobs": [-1.5, -2.5], "top": [[[9, -0.25]], [[5, -2.5]]]}
+    yield piece("a", (10,), index=0, prompt_token_logprobs=prompt)
+    for index in reversed(range(1, count)):
+        yield piece(f"b{index}", (index,), "length", index=index)
+    yield piece("c", (11,), index=0)
+    yield piece("", (1,), "stop", index=0)
+
+
+def test_several_answers_are_told_apart() -> None:
+    with serving(mixed) as server, Client(server.address) as client:
+        answers = client.generate_n("Hi", n=3)
+        assert [(one.index, one.text, one.token_ids, one.finish_reason) for one in answers] == [
+            (0, "ac", (10, 11, 1), "stop"),
+            (1, "b1", (1,), "length"),
+            (2, "b2", (2,), "length"),
+        ]
+        assert all(one.usage.prompt_tokens == 3 for one in answers)
+        assert all(0 < one.ttft_s <= one.duration_s for one in answers)
+        assert [one.index for one in client.stream("Hi", n=2)] == [0, 1, 0, 0]
+        client.close()
+        assert server.stopped == []
+
+
+def test_several_answers_do_not_fit_into_one() -> None:
+    with serving(mixed) as server, Client(server.address) as client:
+        with pytest.raises(InvalidParameterError, match=r"n is 2.*generate_n"):
+            client.generate("Hi", n=2)
+        assert client.generate("Hi", n=1).text == "ac"
+
+
+def test_one_of_several_answers_that_does_not_end_is_an_error() -> None:
+    def broken(values: dict[str, Any]) -> Iterator[Response]:
+        yield piece("whole", (1,), "stop", index=1)
+        yield piece("half", (1,), index=0)
+
+    with serving(broken) as server, Client(server.address) as client, pytest.raises(ServerUnavailableError):
+        client.generate_n("Hi", n=2)
+
+
+def test_an_answer_that_ends_early_waits_for_the_others_before_it_raises() -> None:
+    def too_slow(values: dict[str, Any]) -> Iterator[Response]:
+        yield piece("half", (1,), "deadline", "deadline_exceeded", index=0)
+        yield piece("whole", (1,), "stop", index=1)
+
+    with serving(too_slow) as server, Client(server.address) as client:
+        pieces = client.stream("Hi", n=2)
+        assert [next(pieces).text, next(pieces).text] == ["half", "whole"]
+        with pytest.raises(DeadlineExceededError):
+            next(pieces)
+
+
+def test_leaving_before_every_answer_has_ended_stops_the_request() -> None:
+    with serving(mixed) as server, Client(server.address) as client:
+        pieces = client.stream("Hi", n=2, request_id="left")
+        assert [next(pieces).index, next(pieces).index] == [0, 1]
+        pieces.close()
+        assert server.stop_seen.wait(10)
+
+
+def test_a_tool_is_called_and_its_result_goes_back() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
+    asked: list[Any] = []
+
+    def calls_once(values: dict[str, Any]) -> Iterator[Response]:
+        asked.append(json.loads(values["messages"].item()))
+        if len(asked) == 1:
+            yield piece("Wait. ", (1,))
+            yield piece("", (2, 3), "tool_calls", tool_calls=[call])
+        else:
+            yield piece("It rains.", (4,), "stop")
+
+    messages: list[Any] = [{"role": "user", "content": "Weather?"}]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    with serving(calls_once) as server, Client(server.address) as client:
+        answer = client.generate(messages=messages, tools=tools, tool_choice="auto")
+        assert (answer.text, answer.finish_reason) == ("Wait. ", "tool_calls")
+        (wanted,) = answer.tool_calls
+        assert (wanted.id, wanted.name, wanted.parsed()) == ("call_1", "weather", {"city": "Köln"})
+        messages += [answer.message, wanted.result("rain")]
+        last = client.generate(messages=messages, tools=tools)
+    assert asked[1] == [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "Wait. ", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+    ]
+    assert answer.as_dict()["tool_calls"] == [call]
+    assert (last.text, last.message) == ("It rains.", {"role": "assistant", "content": "It rains."})
+
+
+def test_log_probabilities_are_kept_token_by_token() -> None:
+    prompt = {"token_ids": [4, 5], "logprobs": [-1.5, -2.5], "top": [[[9, -0.25], [4, -1.5]], [[5, -2.5]]]}
+
+    def likely(values: dict[str, Any]) -> Iterator[Response]:
+        yield piece("a", (1, 2), prompt_token_logprobs=prompt, top_logprobs=[[[1, -0.5], [3, -0.75]], [[8, -0.125]]])
+        yield piece("b", (3,), "stop", top_logprobs=[[[3, -0.5]]])
+
+    with serving(likely) as server, Client(server.address) as client:
+        answer = client.generate("Hi", logprobs=2, prompt_logprobs=2)
+    assert answer.token_ids == (1, 2, 3)
+    assert answer.top_logprobs == (((1, -0.5), (3, -0.75)), ((8, -0.125),), ((3, -0.5),))
+    assert answer.top_logprobs[1][0].token_id == 8
+    found = answer.prompt_logprobs
+    assert found is not None
+    assert (found.token_ids, found.logprobs) == ((4, 5), (-1.5, -2.5))
+    assert found.top[0][1].logprob == -1.5
+
+
+def test_asyncio_gives_several_answers_too() -> None:
+    async def ask(address: str) -> list[str]:
+        async with AsyncClient(address) as client:
+            with pytest.raises(InvalidParameterError, match="generate_n"):
+                await client.generate("Hi", n=2)
+            return [answer.text for answer in await client.generate_n("Hi", n=2)]
+
+    with serving(mixed) as server:
+        assert asyncio.run(ask(server.address)) == ["ac", "b1"]
 
 
 def test_asyncio_answers_at_once_over_one_connection() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,14 @@ def test_any_text_arrives_as_it_was(text: str) -> None:
     stop=st.lists(st.text(min_size=1), max_size=4),
     stop_token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=4),
     ignore_eos=st.booleans(),
+    min_tokens=st.integers(0, 2**31 - 1),
+    n=st.integers(1, 64),
+    logprobs=st.integers(0, 20),
+    prompt_logprobs=st.integers(0, 20),
+    min_p=st.floats(0, 1, width=32),
+    repetition_penalty=st.floats(0.01171875, 100, width=32),
+    frequency_penalty=st.floats(-2, 2, width=32),
+    priority=st.integers(-1000, 1000),
 )
 def test_options_keep_their_values(stop: list[str], stop_token_ids: list[int], **scalars: Any) -> None:
     values = sent(stop=stop, stop_token_ids=stop_token_ids, **scalars)
@@ -63,14 +72,39 @@ def test_messages_travel_as_json_with_their_characters() -> None:
     assert json.loads(sent(None, messages)["messages"].item()) == messages
 
 
-def test_structures_travel_as_json() -> None:
-    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
-    values = sent(response_format=schema, logit_bias={"5": -1.5}, tool_choice="auto")
-    assert json.loads(values["response_format"].item()) == schema
-    assert json.loads(values["logit_bias"].item()) == {"5": -1.5}
-    assert values["tool_choice"].item() == b"auto"
-    with pytest.raises(InvalidParameterError, match="logit_bias"):
-        sent(logit_bias={"5": float("nan")})
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+).filter(lambda value: value is not None)
+
+
+@given(st.sampled_from(["tools", "tool_choice", "response_format"]), JSON_VALUES)
+def test_structures_travel_as_json(name: str, value: Any) -> None:
+    assert json.loads(sent(**{name: value})[name].item()) == value
+
+
+def test_a_mode_of_tool_choice_is_json_too() -> None:
+    assert sent(tool_choice="auto")["tool_choice"].item() == b'"auto"'
+
+
+def test_any_mapping_and_sequence_may_be_part_of_a_structure() -> None:
+    messages = ({"role": "user", "content": (MappingProxyType({"type": "text", "text": "Hi"}),)},)
+    assert json.loads(sent(None, messages)["messages"].item()) == [
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
+    ]
+
+
+@given(st.dictionaries(st.integers(0, 2**31), st.floats(-100, 100)))
+def test_biases_travel_by_token_ids(biases: dict[int, float]) -> None:
+    by_numpy = {np.int64(token): np.float64(bias) for token, bias in biases.items()}
+    for given_as in (biases, by_numpy, {str(token): bias for token, bias in biases.items()}):
+        found = json.loads(sent(logit_bias=given_as)["logit_bias"].item())
+        assert {int(token): bias for token, bias in found.items()} == biases
 
 
 def test_pictures_travel_as_files_bytes(tmp_path: Path) -> None:
@@ -102,6 +136,15 @@ def test_a_stop_goes_to_the_decoder() -> None:
         ({"temperature": "warm"}, "temperature cannot be 'warm'"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids"),
         ({"tempreature": 1.0}, "did you mean temperature"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias cannot be written"),
+        ({"logit_bias": {5.5: 1.0}}, "logit_bias must have numbers by token ids"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias must have numbers by token ids"),
+        ({"logit_bias": {5: "much"}}, "logit_bias must have numbers by token ids"),
+        ({"logit_bias": [5]}, "logit_bias must have numbers by token ids"),
+        ({"tools": [{1, 2}]}, "tools cannot be written as JSON: set"),
+        ({"tools": [b"a"]}, "tools cannot be written as JSON: bytes"),
+        ({"n": 1.5}, "n cannot be 1.5"),
+        ({"n": "several"}, "n cannot be 'several'"),
     ],
 )
 def test_values_that_cannot_be_sent_are_named(options: dict[str, Any], match: str) -> None:
@@ -122,8 +165,12 @@ def test_a_prompt_or_messages_but_not_both() -> None:
 
 
 def test_messages_that_json_cannot_hold_are_refused() -> None:
-    with pytest.raises(InvalidMessagesError):
-        sent(None, [{"role": "user", "content": {1, 2}}])
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    for content in ({1, 2}, nested):
+        with pytest.raises(InvalidMessagesError, match="messages cannot be written as JSON"):
+            sent(None, [{"role": "user", "content": content}])
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -34,19 +35,25 @@ def values_of(request: service_pb2.ModelInferRequest) -> dict[str, np.ndarray[An
     return found
 
 
-def piece(text: str, tokens: tuple[int, ...] = (7,), reason: str = "", error: str = "") -> Response:
-    """One response of the ensemble."""
+def piece(
+    text: str, tokens: tuple[int, ...] = (7,), reason: str = "", error: str = "", index: int = 0, **written: Any
+) -> Response:
+    """One response of the ensemble; ``written`` are outputs that hold JSON."""
     usage = '{"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": {"device": 0}}' if reason else ""
     values = {
         "text_output": text,
         "token_ids": np.array(tokens, np.int32),
-        "index": np.zeros(1, np.int32),
+        "index": np.full(1, index, np.int32),
         "finish_reason": reason,
         "tool_calls": "",
+        "top_logprobs": "",
+        "prompt_token_logprobs": "",
         "usage": usage,
         "token_logprobs": np.full(len(tokens), -0.5, np.float32),
         "error_code": error,
+        **{name: json.dumps(value) for name, value in written.items()},
     }
+    assert values.keys() == {tensor.name for tensor in contract.ANSWER}
     response = Response()
     for name, value in values.items():
         is_text = isinstance(value, str)
