@@ -58,12 +58,14 @@ class Adjustments:
         self._factor: NDArray[np.float32] = np.empty(16, np.float32)
         self._bias: NDArray[np.float32] = np.empty(16, np.float32)
         for token, value in bias.items():
-            self._bias[self._at(token)] += value
+            place = self._at(token)  # first: it may replace the arrays
+            self._bias[place] += value
         for token in self._banned:
             self._at(token)
         if penalties.repetition != 1.0:
             for token in set(prompt):
-                self._factor[self._at(token)] = penalties.repetition
+                place = self._at(token)
+                self._factor[place] = penalties.repetition
         self._answered: set[int] = set()
 
     def __len__(self) -> int:

@@ -41,6 +41,7 @@ IDLE_WAIT_S = 0.5
 """How often an idle engine looks at the deadlines of its queue."""
 WATCH_S = 0.01
 """How often callers are asked whether they have gone."""
+REMEMBER_STOP_S = 60.0
 PROMPT_LOGPROBS_CHUNK = 64
 """Prompt tokens a step where their log-probabilities are wanted: each needs a row of logits."""
 
@@ -77,6 +78,8 @@ class Engine:
         self._sequences: dict[int, ActiveSequence] = {}
         self._forks: dict[int, list[ActiveSequence]] = {}
         """By the sequence that computes the shared beginning: those waiting for it."""
+        self._stopped: dict[str, float] = {}
+        """By request id, until when a stop holds for the next request of that id."""
         self._ids = itertools.count()
         self._changed = threading.Condition(threading.RLock())
         self._closing = False
@@ -93,6 +96,7 @@ class Engine:
         Raises:
             OverloadedError: the queue is full.
             ServerUnavailableError: the engine is closing.
+            CancelledError: its id was stopped before it came.
             InvalidRequestError: the request does not fit the model (`Request.check`).
         """
         request.check(self.spec)
@@ -100,6 +104,8 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise ServerUnavailableError("the server is shutting down")
+            if self._stopped.pop(request.request_id, 0.0) > self._clock():
+                raise CancelledError("the request was stopped")
             if not self._scheduler.can_add(len(sequences)):
                 raise OverloadedError(f"{len(self._scheduler.queued)} requests are waiting already; try again later")
             for sequence in sequences:
@@ -109,11 +115,18 @@ class Engine:
             self._changed.notify_all()
 
     def stop(self, request_id: str) -> bool:
-        """End the requests of that id before the next step; whether there was one."""
+        """End the requests of that id before the next step; whether there was one.
+
+        A request that is still on its way here (its images are being encoded) is ended when it arrives.
+        """
         with self._changed:
+            now = self._clock()
+            self._stopped = {each: until for each, until in self._stopped.items() if until > now}
             found = [each for each in self._sequences.values() if each.request.request_id == request_id]
             for sequence in found:
                 sequence.cancelled = True
+            if request_id and not found:
+                self._stopped[request_id] = now + REMEMBER_STOP_S
             self._changed.notify_all()
             return bool(found)
 
@@ -127,6 +140,12 @@ class Engine:
         self._writer.close()
         self._masks.close()
         self._runtime.close()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is here and every slot is free."""
+        with self._changed:
+            return not self._sequences and not self._scheduler.running and not self._scheduler.waiting
 
     def check_integrity(self) -> None:
         """Raise AssertionError where an invariant does not hold."""

@@ -9,7 +9,13 @@ import pytest
 from python_backends.config import Config
 from python_backends.decoder.engine import Engine
 from python_backends.decoder.parameters import Parameters
-from python_backends.errors import ContextLengthError, InvalidParameterError, OverloadedError, ServerUnavailableError
+from python_backends.errors import (
+    CancelledError,
+    ContextLengthError,
+    InvalidParameterError,
+    OverloadedError,
+    ServerUnavailableError,
+)
 from tests.checkpoints import VOCAB, tiny
 from tests.driver import decoder
 from tests.python_backends.decoder.callers import Caller, alone, prompt, word_tokenizer
@@ -86,6 +92,13 @@ def test_a_stop_request_and_a_cancelled_call_free_their_slots(engine):
         assert caller.last.usage.completion_tokens == len(caller.tokens)
     assert not engine.stop("one")
     engine.check_integrity()
+
+
+def test_a_stop_reaches_a_request_that_comes_after_it(engine):
+    assert not engine.stop("early")
+    with pytest.raises(CancelledError):
+        Caller(prompt(1, 10), request_id="early").to(engine)
+    assert len(alone(engine, prompt(1, 10), request_id="other").tokens) == 8
 
 
 def test_a_deadline_ends_an_answer_and_a_queue_timeout_ends_the_wait(tokenizer):

@@ -68,7 +68,7 @@ def test_set_aside_sequences_answer_as_if_alone(open_engine):
 
 def test_several_answers_share_one_prefill_and_equal_single_requests(open_engine):
     engine = open_engine()
-    ids, sampling = prompt(3, 50), {"temperature": 1.2, "max_tokens": 60}
+    ids, sampling = prompt(3, 50), {"temperature": 1.2, "max_tokens": 12}
     several = alone(engine, ids, n=4, seed=11, **sampling)
     prefilled = engine.stats.read()["prefill_tokens"]
     assert prefilled == 50 + 3
