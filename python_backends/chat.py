@@ -13,17 +13,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from python_backends.errors import (
-    EmptyPromptError,
-    ImageCountError,
-    InvalidMessagesError,
-    InvalidTextError,
-    UnsupportedFeatureError,
-)
+from python_backends import tool_turns
+from python_backends.errors import EmptyPromptError, ImageCountError, InvalidMessagesError, InvalidTextError
 
 START_OF_TURN = "<start_of_turn>"
 START_OF_IMAGE = "<start_of_image>"
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "model": "assistant"}
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+}
 _IMAGE_KEYS = ("image", "url", "base64")  # where transformers' own ``image`` parts keep a picture
 
 Part = dict[str, Any]
@@ -53,23 +55,23 @@ def decode_text(data: bytes) -> str:
         raise InvalidTextError(f"the text is not UTF-8 (byte {error.start}); send UTF-8") from error
 
 
-def from_text(text: str, images: Sequence[bytes]) -> Conversation:
-    """One user turn.
+def from_text(text: str, images: Sequence[bytes], functions: str = "") -> Conversation:
+    """One user turn; ``functions`` describes the tools.
 
     Raises:
         EmptyPromptError: neither text nor picture.
         ImageCountError: placeholders in the text, but not as many as pictures.
     """
-    return _conversation([{"role": "user", "content": text}], images)
+    return _conversation([{"role": "user", "content": text}], images, functions)
 
 
-def from_messages(data: bytes, images: Sequence[bytes]) -> Conversation:
-    """The OpenAI list as JSON; ``images`` are the entries of the `image` tensor.
+def from_messages(data: bytes, images: Sequence[bytes], functions: str = "") -> Conversation:
+    """The OpenAI list as JSON; ``images`` are the entries of the `image` tensor, ``functions`` describes the tools.
 
     Raises:
         InvalidTextError: not UTF-8.
-        InvalidMessagesError: not JSON, or not a list of messages with known roles and parts.
-        UnsupportedFeatureError: tool calls.
+        InvalidMessagesError: not JSON, not a list of messages with known roles and parts, or calls of tools and their
+            results that do not belong together.
         EmptyPromptError: neither text nor picture.
         ImageCountError: more or fewer images than placeholders.
     """
@@ -79,7 +81,7 @@ def from_messages(data: bytes, images: Sequence[bytes]) -> Conversation:
         raise InvalidMessagesError(f"messages is not valid JSON: {error}") from error
     if not isinstance(values, list) or not values:
         raise InvalidMessagesError('messages must be a list such as [{"role": "user", "content": "Hello"}]')
-    return _conversation([_message(value, number) for number, value in enumerate(values)], images)
+    return _conversation([_message(value, number) for number, value in enumerate(values)], images, functions)
 
 
 def templated(text: str, images: Sequence[bytes]) -> tuple[str, list[bytes]]:
@@ -110,24 +112,29 @@ def _message(value: Any, number: int) -> Message:
     role = value.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise InvalidMessagesError(f"{where}: role {role!r} is unknown; use one of {', '.join(ROLES)}")
-    if value.get("tool_calls"):
-        raise UnsupportedFeatureError(f"{where}: tool_calls is not offered by this version")
-    content = value.get("content")
+    kind, content, calls = ROLES[role], value.get("content"), value.get("tool_calls")
+    if calls and kind != "assistant":
+        raise InvalidMessagesError(f"{where}: only an assistant message has tool_calls")
+    if calls and content is None:  # OpenAI's clients send null
+        content = ""
     if isinstance(content, list):
         content = [_part(part, f"{where}.content[{place}]") for place, part in enumerate(content)]
     elif not isinstance(content, str):
         raise InvalidMessagesError(f"{where}: content must be a text or a list of parts")
-    if ROLES[role] == "system":
-        content = _system_text(content, where)
-    return {"role": ROLES[role], "content": content}
+    if calls:
+        return tool_turns.read_calls(calls, _only_text(content, where, "with tool_calls"), where)
+    if kind == "tool":
+        return tool_turns.read_result(value, _only_text(content, where, "of a tool"), where)
+    # Gemma's template reads the first part of a system message alone; the others would be lost without a word.
+    return {"role": kind, "content": _only_text(content, where, "of the system") if kind == "system" else content}
 
 
-def _system_text(content: str | list[Part], where: str) -> str:
-    """One text: Gemma's template reads the first part alone, and the others would be lost without a word."""
+def _only_text(content: str | list[Part], where: str, whose: str) -> str:
+    """One text."""
     if isinstance(content, str):
         return content
     if any(part["type"] != "text" for part in content):
-        raise InvalidMessagesError(f"{where}: a system message holds text only")
+        raise InvalidMessagesError(f"{where}: a message {whose} holds text only")
     return "\n".join(part["text"] for part in content)
 
 
@@ -157,7 +164,7 @@ def _parts(messages: Sequence[Message]) -> Iterator[Part]:
         yield from [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _conversation(messages: list[Message], images: Sequence[bytes]) -> Conversation:
+def _conversation(messages: list[Message], images: Sequence[bytes], functions: str) -> Conversation:
     users = [message for message in messages if message["role"] == "user"]
     if not users:
         raise InvalidMessagesError("messages holds no user message to answer")
@@ -170,7 +177,7 @@ def _conversation(messages: list[Message], images: Sequence[bytes]) -> Conversat
     check_placeholders(places, len(images))
     if not any(part["type"] == "image" or part["text"].strip() for part in _parts(messages)):
         raise EmptyPromptError("the prompt has no text and no image")
-    return Conversation(_for_template(messages), _in_order(messages, images))
+    return Conversation(_for_template(tool_turns.as_turns(messages, functions)), _in_order(messages, images))
 
 
 def _open_places(part: Part) -> int:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from python_backends import chat, config, contract, manifest
 from python_backends.chat_template import load_template
+from python_backends.decoder.tools import read_request, render_tools
 from python_backends.errors import (
     ArtifactError,
     ContextLengthError,
@@ -30,6 +31,7 @@ from python_backends.errors import (
     InvalidTextError,
 )
 from python_backends.pixels import ImageLimits, PanAndScan, allow_pixels, encoded_bytes, image_size, read_options
+from python_backends.tool_turns import plain
 
 Int32 = NDArray[np.int32]
 
@@ -95,14 +97,22 @@ class PromptTokenizer:
             raise ArtifactError(f"the tokenizer in {folder} has no {token}; is the checkpoint Gemma-3?")
         return int(found)
 
-    def __call__(self, text_input: Sequence[bytes], messages: Sequence[bytes], images: Sequence[bytes]) -> Prompt:
-        """The three inputs as they arrive; absent ones are empty.
+    def __call__(
+        self,
+        text_input: Sequence[bytes],
+        messages: Sequence[bytes],
+        images: Sequence[bytes],
+        tools: Sequence[bytes] = (),
+        tool_choice: Sequence[bytes] = (),
+    ) -> Prompt:
+        """The inputs as they arrive; absent ones are empty.
 
         Raises:
             InvalidRequestError: and its subclasses, each with what to change.
         """
+        functions = _functions(tools, tool_choice)
         try:
-            text, sent = self._text(text_input, messages, images)
+            text, sent = self._text(text_input, messages, images, functions)
         except ImageCountError as error:
             if self._images is None:  # whatever the numbers
                 raise ImagesNotSupportedError(TEXT_ONLY) from error
@@ -117,7 +127,7 @@ class PromptTokenizer:
         return Prompt(ids, self._starts(ids), encoded)
 
     def _text(
-        self, text_input: Sequence[bytes], messages: Sequence[bytes], images: Sequence[bytes]
+        self, text_input: Sequence[bytes], messages: Sequence[bytes], images: Sequence[bytes], functions: str
     ) -> tuple[str, list[bytes]]:
         """The prompt with one ``<start_of_image>`` for each picture, and the pictures as sent."""
         if text_input and messages:
@@ -125,14 +135,19 @@ class PromptTokenizer:
         if messages:
             if self._template is None:
                 raise InvalidMessagesError("this model has no chat template; send text_input")
-            conversation = chat.from_messages(messages[0], images)
+            conversation = chat.from_messages(messages[0], images, functions)
         else:
             text = chat.decode_text(text_input[0]) if text_input else ""
             if not text.strip() and not images:
                 raise EmptyPromptError("the prompt has no text and no image; send text_input, messages or image")
             if chat.START_OF_TURN in text or self._template is None:
+                if functions:
+                    raise InvalidRequestError(
+                        "tools need messages or a plain text for a model with a chat template; a prompt that is taken "
+                        "as it is must describe its functions itself"
+                    )
                 return chat.templated(text, images)
-            conversation = chat.from_text(text, images)
+            conversation = chat.from_text(text, images, functions)
         return self._template.render(conversation.messages), conversation.images
 
     def _encoded_images(self, text: str, sent: Sequence[bytes]) -> list[bytes]:
@@ -190,6 +205,13 @@ class PromptTokenizer:
     def _starts(self, ids: Int32) -> Int32:
         soft = ids == self._image_token_id
         return np.flatnonzero(soft & ~np.roll(soft, 1)).astype(np.int32)
+
+
+def _functions(tools: Sequence[bytes], tool_choice: Sequence[bytes]) -> str:
+    """What the prompt says about the functions; empty where none may be called."""
+    texts = (chat.decode_text(values[0]) if values else "" for values in (tools, tool_choice))
+    found, choice = read_request(*texts)
+    return plain(render_tools(found, choice)) if found else ""
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

@@ -11,6 +11,8 @@ from python_backends import contract, triton_io
 from python_backends.prompt import open_tokenizer
 
 MODEL = contract.MODELS[contract.TOKENIZER]
+INPUTS = ("text_input", "messages", "image", "tools", "tool_choice")
+"""In the order of `PromptTokenizer`."""
 THREADS = 8
 """Requests tokenized at once."""
 
@@ -40,7 +42,7 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> dict[str, triton_io.Value]:
         triton_io.refuse_unimplemented(request, MODEL)
-        prompt = self._tokenizer(*(triton_io.text(request, name) for name in ("text_input", "messages", "image")))
+        prompt = self._tokenizer(*(triton_io.text(request, name) for name in INPUTS))
         return {
             contract.INPUT_IDS.name: prompt.input_ids,
             contract.IMAGE_STARTS.name: prompt.image_starts,

@@ -17,6 +17,8 @@ from typing import Any
 from python_backends.errors import InvalidParameterError
 
 MAX_TOOLS = 128
+MAX_DEPTH = 64
+"""Levels of a function's JSON schema. Each is indented in the prompt, so the text grows by the square of the depth."""
 MODES = ("none", "auto", "required")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FUNCTION_KEYS = ("name", "description", "parameters", "strict")
@@ -106,11 +108,7 @@ def read_tool_choice(value: object, tools: Sequence[Tool]) -> ToolChoice:
 
 
 def render_tools(tools: Sequence[Tool], choice: ToolChoice) -> str:
-    """The text that goes in front of the first user turn (Gemma has no system turn); empty where none may be called.
-
-    Raises:
-        InvalidParameterError: a schema nested too deeply to be written.
-    """
+    """The text that goes in front of the first user turn (Gemma has no system turn); empty where none may be called."""
     if choice.mode == "none":
         return ""
     demand = ""
@@ -119,11 +117,7 @@ def render_tools(tools: Sequence[Tool], choice: ToolChoice) -> str:
     elif choice.mode == "required":
         demand = "\nYou MUST call at least one function now"
     functions = [{"name": tool.name, "description": tool.description, "parameters": tool.parameters} for tool in tools]
-    try:
-        written = json.dumps(functions, indent=2, ensure_ascii=False)
-    except RecursionError as error:
-        raise InvalidParameterError("tools has a schema that is nested too deeply") from error
-    return f"{_INTRODUCTION}{demand}\n{written}"
+    return f"{_INTRODUCTION}{demand}\n{json.dumps(functions, indent=2, ensure_ascii=False)}"
 
 
 def render_calls(calls: Sequence[tuple[str, str]]) -> str:
@@ -196,7 +190,18 @@ def _tool(value: object, where: str) -> Tool:
         raise InvalidParameterError(f"{where}.function.parameters must be a JSON schema of type object")
     if not isinstance(parameters.get("properties", {}), dict):
         raise InvalidParameterError(f"{where}.function.parameters.properties must be a JSON object")
+    if _deeper_than(parameters, MAX_DEPTH):
+        raise InvalidParameterError(f"{where}.function.parameters is nested more than {MAX_DEPTH} levels deep")
     return Tool(name, description, {"type": "object", **parameters})
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    """Level by level, without recursion."""
+    level = [value]
+    for _ in range(levels):
+        inner = (node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list))
+        level = [child for children in inner for child in children]
+    return any(isinstance(node, dict | list) for node in level)
 
 
 def _json(name: str, text: str) -> Any:

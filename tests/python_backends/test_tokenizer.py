@@ -251,7 +251,6 @@ REFUSED: dict[str, tuple[dict[str, Sequence[bytes]], type[errors.WiCoreError]]] 
     "system message alone": ({"messages": as_json([{"role": "system", "content": "a"}])}, errors.InvalidMessagesError),
     "answer first": ({"messages": as_json([REPLY, HELLO])}, errors.InvalidMessagesError),
     "two questions": ({"messages": as_json([HELLO, HELLO])}, errors.InvalidMessagesError),
-    "tool calls": ({"messages": as_json([HELLO, {**REPLY, "tool_calls": [{}]}])}, errors.UnsupportedFeatureError),
     "too few images": ({"text": [b"<start_of_image> <start_of_image>"], "images": [png()]}, errors.ImageCountError),
     "too many images": ({"text": [b"<start_of_image>"], "images": [png(), png()]}, errors.ImageCountError),
     "placeholder alone": ({"messages": as_json(user({"type": "image"}))}, errors.ImageCountError),
@@ -345,12 +344,13 @@ def model(tmp_path: Path) -> Any:
 
 
 def test_the_model_answers_each_request_of_a_batch_by_itself(model: TritonPythonModel) -> None:
-    text, bad, image, tools = answers(
+    text, bad, image, tools, choice = answers(
         model,
         {"text_input": [b"Hello"]},
         {"text_input": [b"\xff"]},
         {"text_input": [b"Hello"], "image": [png()]},
-        {"text_input": [b"Hello"], "tools": [b"[]", b"{}"]},
+        {"text_input": [b"Hello"], "tools": [b'[{"type": "function", "function": {"name": "f"}}]']},
+        {"text_input": [b"Hello"], "tool_choice": [b'"auto"']},
     )
     assert text.error is None
     assert text.tensors["input_ids"].dtype == text.tensors["image_starts"].dtype == np.int32
@@ -358,7 +358,9 @@ def test_the_model_answers_each_request_of_a_batch_by_itself(model: TritonPython
     assert (bad.error.code, bad.error.message.partition(":")[0]) == (TritonError.INVALID_ARG, "invalid_text")
     assert image.tensors["image_bytes"].tolist() == [[png()]]
     assert image.tensors["input_ids"][0, image.tensors["image_starts"][0, 0]] == SOFT
-    assert (tools.error.code, tools.error.message.partition(":")[0]) == (TritonError.UNSUPPORTED, "unsupported")
+    assert tools.error is None
+    assert tools.tensors["input_ids"].size > text.tensors["input_ids"].size
+    assert (choice.error.code, choice.error.message.partition(":")[0]) == (TritonError.INVALID_ARG, "invalid_parameter")
 
 
 def test_the_configuration_sets_the_limits(tmp_path: Path) -> None:
