@@ -18,11 +18,13 @@ app = typer.Typer(
 )
 app.command("build")(build)
 app.command("serve")(serve.serve)
+app.command("env")(serve.env)
 app.command("chat")(chat.chat)
 app.command("describe")(ask.describe)
 app.command("bench")(bench.bench)
 
 demos = typer.Typer(help="The small trained model that comes with WiCore.", no_args_is_help=True, rich_markup_mode=None)
 demos.command("run")(demo.run)
+demos.command("draw")(demo.draw)
 demos.command("eval")(demo.evaluate)
 app.add_typer(demos, name="demo")

@@ -148,6 +148,25 @@ def run(
         raise typer.Exit(1)
 
 
+@command
+def draw(
+    path: Annotated[Path, typer.Argument(help="Where to write the PNG.")],
+    *,
+    language: Language = "en",
+    seed: Annotated[int, typer.Option(help="Which held-out drawing.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a held-out picture to ask about, and tell a question with its right answer."""
+    if language not in QUESTIONS:
+        raise typer.BadParameter(f"{language!r} is not one of {', '.join(QUESTIONS)}", param_hint="--lang")
+    image, question, expected = sample(seed, language)
+    image.save(path)
+    if as_json:
+        emit({"picture": str(path), "question": question, "expected": expected})
+        return
+    print(f"{path}\nQuestion: {question}\nRight answer: {expected}")
+
+
 def _subject(picture: Path | None, question: str | None, language: str, seed: int) -> tuple[Path, str, str | None]:
     """The picture's file, the question, and the right answer where it is known."""
     from client.server.installation import cache_folder

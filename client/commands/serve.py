@@ -85,6 +85,27 @@ def serve(
             say(f"{error.message}; starting again")
 
 
+@command
+def env() -> None:
+    """Print what plain `tritonserver` needs around it here, for a shell to take.
+
+    eval "$(wicore env)" && tritonserver --model-repository model_repository $TRITON_FLAGS
+
+    In NVIDIA's container it needs nothing, and TRITON_FLAGS is empty.
+    """
+    import shlex
+
+    from client.server.installation import find
+
+    found = find()
+    variables = {name: found.environment().get(name, "") for name in ("PATH", "LD_LIBRARY_PATH")}
+    variables["PATH"] = f"{found.binary.parent}:{variables['PATH']}"
+    flags = {"backend-directory": found.backends, "cache-directory": found.caches}
+    variables["TRITON_FLAGS"] = " ".join(f"--{flag}={value}" for flag, value in flags.items() if value)
+    for name, value in variables.items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
 def _serve_once(options: ServerOptions, *, show_log: bool, as_json: bool) -> None:
     """Serve until a signal or a death.
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,10 @@ class Installation:
         environment = dict(os.environ)
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
         if self.libraries:
-            found = environment.get("LD_LIBRARY_PATH")
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join([str(self.libraries), *([found] if found else [])])
+            # The stub links to libpython: the running interpreter's, not another one of the same minor version.
+            python = sysconfig.get_config_var("LIBDIR")
+            found = [environment.get("LD_LIBRARY_PATH"), python]
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join([str(self.libraries), *filter(None, found)])
         return environment
 
 
