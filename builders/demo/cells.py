@@ -16,11 +16,13 @@ from torch import nn
 
 from builders.demo.asking import clearly_larger
 from builders.demo.drawing import COLOURS, KINDS, MAX_SIZE, MIN_SIZE, Scene, Shape
+from builders.demo.model import MM_TOKENS_PER_IMAGE
 
 IGNORED = -100
 THINGS = 1 + len(KINDS) * len(COLOURS)  # nothing, or 1 + kind · 8 + colour
 SIZES = 16
 FINE = 5
+CELLS = round(MM_TOKENS_PER_IMAGE**0.5)  # along one side of the picture
 HEADS = {
     "cover": THINGS,  # what covers the cell
     "centre": THINGS,  # whose centre lies in the cell
@@ -29,8 +31,16 @@ HEADS = {
     "x": FINE,  # where in the cell the centre lies
     "y": FINE,
     "count": 4,  # shapes in the whole picture − 1
+    "same kind": 4,  # shapes in the picture of that kind − 1, of that colour, of both
+    "same colour": 4,
+    "same": 4,
+    "column": CELLS,  # of the cell itself
+    "row": CELLS,
 }
-WEIGHTS = {"cover": 0.5, "centre": 1.0, "size": 0.25, "rank": 0.2, "x": 0.2, "y": 0.2, "count": 0.3}
+WEIGHTS = {
+    "cover": 0.5, "centre": 1.0, "size": 0.25, "rank": 0.2, "x": 0.2, "y": 0.2, "count": 0.3,
+    "same kind": 0.3, "same colour": 0.3, "same": 0.3, "column": 0.2, "row": 0.2,
+}  # fmt: skip
 _SMALLEST, _LARGEST = MIN_SIZE / math.sqrt(1.4), MAX_SIZE
 
 
@@ -49,10 +59,12 @@ def _rank(shape: Shape, scene: Scene) -> int:
     return 1 if all(clearly_larger(other, shape) for other in others) else 0
 
 
-def cell_labels(scene: Scene, cells: int) -> npt.NDArray[np.int64]:
-    """Labels of ``cells`` × ``cells`` equal cells, row-major: (cells², len(HEADS)), `IGNORED` where moot."""
+def cell_labels(scene: Scene) -> npt.NDArray[np.int64]:
+    """Labels of the picture's cells in row-major order: (CELLS², len(HEADS)), `IGNORED` where moot."""
+    cells = CELLS
     labels = np.full((cells, cells, len(HEADS)), IGNORED, np.int64)
     labels[..., 0], labels[..., 1], labels[..., 6] = 0, 0, len(scene.shapes) - 1
+    labels[..., 10], labels[..., 11] = np.arange(cells)[None, :], np.arange(cells)[:, None]
     middle = (np.arange(cells) + 0.5) / cells
     short = min(scene.width, scene.height)
     for shape in scene.shapes:
@@ -65,6 +77,8 @@ def cell_labels(scene: Scene, cells: int) -> npt.NDArray[np.int64]:
         column, row = int(shape.x * cells), int(shape.y * cells)
         fine = (int((shape.x * cells - column) * FINE), int((shape.y * cells - row) * FINE))
         labels[row, column, :6] = (thing, thing, _size_step(shape, scene), _rank(shape, scene), *fine)
+        alike = (scene.find(kind=shape.kind), scene.find(shape.colour), scene.find(shape.colour, shape.kind))
+        labels[row, column, 7:10] = [len(found) - 1 for found in alike]
     return labels.reshape(cells * cells, len(HEADS))
 
 

@@ -149,7 +149,7 @@ def conversation(stream: str, seed: int, index: int, turns_least: int = 1, pairs
     It has at least ``turns_least`` turns and, with probability ``pairs``, two pictures; evaluation keeps the defaults.
     """
     rng = random.Random(f"{stream}/{seed}/{index}")
-    if rng.random() < 0.04:
+    if rng.random() < 0.02:
         scenes: tuple[Scene, ...] = ()
     else:
         scenes = tuple(sample_scene(rng) for _ in range(2 if rng.random() < pairs else 1))
@@ -167,7 +167,7 @@ def conversation(stream: str, seed: int, index: int, turns_least: int = 1, pairs
 
 def _next_turn(rng: random.Random, dialogue: _Dialogue, together: bool) -> Turn:
     waiting = len(dialogue.scenes) - dialogue.shown
-    if rng.random() < 0.03:
+    if rng.random() < 0.02:
         return dialogue.small_talk()
     if dialogue.shown == 0:
         if waiting == 0:

@@ -35,8 +35,7 @@ CATEGORIES = (
     "describe", "count", "colour", "shape", "where", "size", "relation", "exist", "compare", "follow", "two", "talk",
 )  # fmt: skip
 MANY = 64  # more turns than any conversation has, and more than there are categories
-CELLS = round(MM_TOKENS_PER_IMAGE**0.5)
-WAITING = 6  # conversations that found no room in a batch before it is called full; they go into the next
+WAITING = 10  # conversations that found no room in a batch before it is called full; they go into the next
 PICTURE = "\n\n<start_of_image><end_of_image>\n\n"
 Batch = dict[str, torch.Tensor]
 
@@ -105,7 +104,7 @@ def encode(tokenizer: Tokenizer, talk: Conversation, longest: int) -> Encoded:
         ids, labels, turns = encode_text(tokenizer, talk)
     question = [CATEGORIES.index(talk.turns[turn].category) + MANY * turn for turn in turns]
     pixels = [model_pixels(render(scene), IMAGE_SIZE) for scene in talk.scenes]
-    cells = [cell_labels(scene, CELLS) for scene in talk.scenes]
+    cells = [cell_labels(scene) for scene in talk.scenes]
     as_array = [np.asarray(values, np.int64) for values in (ids, labels, question)]
     return Encoded(as_array[0], as_array[1], as_array[2], pixels, cells)
 
@@ -206,7 +205,7 @@ class PictureBatches(IterableDataset[Batch]):
         while True:
             scenes = [sample_scene(rng) for _ in range(self.room)]
             pixels = np.stack([model_pixels(render(scene), IMAGE_SIZE) for scene in scenes])
-            cells = np.stack([cell_labels(scene, CELLS) for scene in scenes])
+            cells = np.stack([cell_labels(scene) for scene in scenes])
             yield {
                 "pixels": torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()),
                 "cells": torch.from_numpy(cells),

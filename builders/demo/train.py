@@ -128,7 +128,7 @@ class Trainer:
         hidden, wanted = self._answers(batch, features)
         text = nn.functional.cross_entropy(self.network.logits(hidden), wanted)
         loss = text + self.options.cell_weight * cells
-        return loss, {"text": text.detach(), "cover": report["cover"], "centre": report["centre"]}
+        return loss, {"text": text.detach(), "cover": report["cover"], "centre": report["centre"], "same": report["same"]}
 
     def _answers(self, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.network.hidden(batch, features)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import Gemma3ForConditionalGeneration
 
+from builders.demo.cells import HEADS
 from builders.demo.model import IMAGE_SIZE, IMAGE_SOFT_TOKEN, MM_TOKENS_PER_IMAGE, VOCAB_SIZE, create_model
 from builders.demo.network import Compiled, PackedNetwork
 from builders.demo.samples import Batch, Encoded, Packer
@@ -16,7 +17,7 @@ def talk(rng: np.random.Generator, length: int, starts: tuple[int, ...]) -> Enco
     for start in starts:
         ids[start : start + MM_TOKENS_PER_IMAGE] = IMAGE_SOFT_TOKEN
     pixels = [rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8) for _ in starts]
-    cells = [np.zeros((MM_TOKENS_PER_IMAGE, 7), np.int64) for _ in starts]
+    cells = [np.zeros((MM_TOKENS_PER_IMAGE, len(HEADS)), np.int64) for _ in starts]
     return Encoded(ids, ids.copy(), np.zeros(length, np.int64), pixels, cells)
 
 

@@ -37,7 +37,9 @@ def test_any_text_survives_the_tokenizer(text: str) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == text.replace("▁", " ")
 
 
-@pytest.mark.parametrize("text", ["", "  two  spaces ", "a\n\nb\n\n\n\n\nc", "🦀é\u0000中文字", "Ünïcödé — “quotes”", "\t\r\n"])
+@pytest.mark.parametrize(
+    "text", ["", "  two  spaces ", "a\n\nb\n\n\n\n\nc", "🦀é\u0000中文字", "Ünïcödé — “quotes”", "\t\r\n"]
+)
 def test_awkward_texts_survive_the_tokenizer(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False) == text
 

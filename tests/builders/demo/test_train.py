@@ -53,7 +53,9 @@ def test_the_learning_rate_rises_holds_and_falls_to_nothing() -> None:
     assert shares[100] == 0
 
 
-@pytest.mark.parametrize(("mode", "levels", "step"), [("int8", 255, 1 / 127), ("int4", 16, 1 / 7), ("int4-asymmetric", 16, 1 / 7)])
+@pytest.mark.parametrize(
+    ("mode", "levels", "step"), [("int8", 255, 1 / 127), ("int4", 16, 1 / 7), ("int4-asymmetric", 16, 1 / 7)]
+)
 def test_rounded_blocks_have_few_levels_and_stay_close(mode: str, levels: int, step: float) -> None:
     blocks = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
     rounded = fake_quantize(blocks, mode)
