@@ -8,6 +8,7 @@ an ensemble that a stream was cancelled, so the client tells the decoder.
 from __future__ import annotations
 
 import asyncio
+import operator
 import secrets
 import threading
 import time
@@ -40,8 +41,10 @@ def new_request_id() -> str:
 
 def _count(options: Options) -> int:
     """How many answers were asked for; what is no number is refused when the request is made."""
-    n = options.get("n")
-    return n if isinstance(n, int) else 1
+    try:
+        return operator.index(options.get("n", 1))
+    except TypeError:
+        return 1
 
 
 def _refuse_several(options: Options) -> None:

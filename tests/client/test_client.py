@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
 
+import numpy as np
 import pytest
 
 from client import AsyncClient, Client
@@ -196,6 +197,7 @@ def test_several_answers_are_told_apart() -> None:
         assert all(one.usage.prompt_tokens == 3 for one in answers)
         assert all(0 < one.ttft_s <= one.duration_s for one in answers)
         assert [one.index for one in client.stream("Hi", n=2)] == [0, 1, 0, 0]
+        assert len(client.generate_n("Hi", n=np.int64(2))) == 2  # type: ignore[arg-type]
         client.close()
         assert server.stopped == []
 
