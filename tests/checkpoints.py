@@ -200,3 +200,15 @@ def tiny(name: str, seed: int = 0) -> Path:
     folder = scratch() / f"{name}-{seed}"
     make_model(FAMILIES[name], seed).save_pretrained(folder)
     return folder
+
+
+DEMO = Path(__file__).resolve().parents[1] / "builders" / "demo" / "checkpoint"
+"""The trained checkpoint that the project ships."""
+
+NAMES = (*FAMILIES, *(["demo"] if (DEMO / "model.safetensors").exists() else []))
+IMAGE_NAMES = (*IMAGE_FAMILIES, *NAMES[len(FAMILIES) :])
+
+
+def checkpoint(name: str) -> Path:
+    """Folder of the shipped checkpoint ("demo") or of a random one (a key of FAMILIES)."""
+    return DEMO if name == "demo" else tiny(name)

@@ -12,7 +12,7 @@ from builders.checkpoint import open_checkpoint
 from builders.graph import attention, write_decoder
 from builders.quantize import Precision, dequantize, quantize
 from python_backends.runtime.onnxruntime import OnnxRuntimeDecoder
-from tests.checkpoints import FAMILIES, IMAGE_FAMILIES, make_model, tiny
+from tests.checkpoints import FAMILIES, IMAGE_FAMILIES, IMAGE_NAMES, NAMES, checkpoint, make_model, tiny
 from tests.driver import FP32, Driver, decoder, model_shape, vision
 from tests.prompts import Prompt, prompt, twenty
 from tests.reference import Reference, reference
@@ -39,9 +39,9 @@ def largest_error(ours: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(ours - wanted).max() / np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_64_greedy_tokens_of_20_prompts_equal_transformers(family):
-    folder = tiny(family)
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_and_64_greedy_tokens_of_20_prompts_equal_transformers(name):
+    folder = checkpoint(name)
     prompts = twenty(folder)
     # Batches of five, whose lengths differ: rows are padded, and go idle when their prompt is shorter.
     for batch in (prompts[start : start + 5] for start in range(0, 20, 5)):
@@ -54,11 +54,11 @@ def test_logits_and_64_greedy_tokens_of_20_prompts_equal_transformers(family):
             assert tokens == wanted[len(item.ids) - 1 :].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_those_of_transformers_generate(family):
-    folder = tiny(family)
-    pictures = 3 if family in IMAGE_FAMILIES else 0
-    item = prompt(tiny(family), np.random.default_rng(7), text=60, pictures=pictures)
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_equal_those_of_transformers_generate(name):
+    folder = checkpoint(name)
+    pictures = 3 if name in IMAGE_NAMES else 0
+    item = prompt(folder, np.random.default_rng(7), text=60, pictures=pictures)
     driver = generated(folder, [item])
     assert driver.tokens[0] == reference(folder).greedy(np.array(item.ids), item.pixels, STEPS)
 

@@ -11,21 +11,21 @@ from builders.checkpoint import open_checkpoint
 from builders.graph import write_vision_encoder
 from builders.quantize import Precision
 from python_backends.errors import BuildError
-from tests.checkpoints import FAMILIES, IMAGE_FAMILIES, tiny
+from tests.checkpoints import IMAGE_FAMILIES, IMAGE_NAMES, checkpoint, tiny
 from tests.driver import FP32, artefacts, vision
 from tests.reference import normalized, reference
 
 
-def pictures(family: str, count: int) -> np.ndarray:
-    side = FAMILIES[family].vision["image_size"]
+def pictures(name: str, count: int) -> np.ndarray:
+    side = open_checkpoint(checkpoint(name)).config.vision.image_size
     return np.random.default_rng(4).integers(0, 256, (count, 3, side, side), np.uint8)
 
 
-@pytest.mark.parametrize("family", IMAGE_FAMILIES)
-def test_features_equal_transformers(family):
-    pixels = pictures(family, 3)
-    wanted = reference(tiny(family)).image_features(pixels)
-    np.testing.assert_allclose(vision(tiny(family)).encode(pixels), wanted, atol=1e-5 * np.abs(wanted).max())
+@pytest.mark.parametrize("name", IMAGE_NAMES)
+def test_features_equal_transformers(name):
+    pixels = pictures(name, 3)
+    wanted = reference(checkpoint(name)).image_features(pixels)
+    np.testing.assert_allclose(vision(checkpoint(name)).encode(pixels), wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
