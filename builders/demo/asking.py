@@ -357,3 +357,8 @@ ASKERS: dict[Asker, float] = {
     describe: 12, count: 12, colour_of: 9, colour_at: 4, shape_at: 4, what_at: 4, shape_of: 5, where: 12, extreme: 16,
     which_larger: 16, relation: 28, exist: 9, is_at: 4, is_colour: 4, same_colour: 9, more: 5,
 }  # fmt: skip
+# What training asks instead: the questions that take longest to learn, more often.
+PRACTICE: dict[Asker, float] = {
+    describe: 9, count: 12, colour_of: 4, colour_at: 2, shape_at: 2, what_at: 3, shape_of: 2, where: 8, extreme: 16,
+    which_larger: 24, relation: 90, exist: 14, is_at: 6, is_colour: 3, same_colour: 30, more: 22,
+}  # fmt: skip

@@ -182,7 +182,7 @@ def transformers_answerer(checkpoint: Path, device: str = "cpu", quantize: str |
     return answer
 
 
-def run_transformers(  # noqa: PLR0917
+def run_transformers(
     checkpoint: Path, n: int = 1000, seed: int = 0, batch: int = 32, device: str = "cpu", quantize: str | None = None
 ) -> EvalReport:
     """Evaluate ``checkpoint`` by greedy decoding in transformers on ``n`` held-out conversations of ``seed``.

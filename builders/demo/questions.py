@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from builders.demo.asking import ASKERS, Asked, Asker, View, describe
+from builders.demo.asking import ASKERS, PRACTICE, Asked, Asker, View, describe
 from builders.demo.chinese import CHINESE
 from builders.demo.drawing import Scene, sample_scene
 from builders.demo.english import ENGLISH
@@ -75,8 +75,9 @@ def _casual(rng: random.Random, language: Language, text: str) -> str:
 class _Dialogue:
     """A conversation in the making: which pictures were shown and what the last question was about."""
 
-    def __init__(self, rng: random.Random, scenes: tuple[Scene, ...]) -> None:
+    def __init__(self, rng: random.Random, scenes: tuple[Scene, ...], practice: bool) -> None:
         self.rng, self.scenes = rng, scenes
+        self.askers, self.both = (PRACTICE, 0.55) if practice else (ASKERS, 0.4)
         self.language = rng.choice(LANGUAGES)
         self.shown = 0
         self.last: tuple[str, Scene, Asked] | None = None
@@ -90,7 +91,7 @@ class _Dialogue:
     def blind(self) -> Turn:
         """A question about a picture before any was shown."""
         view = View(self.rng, self.language, sample_scene(self.rng))
-        asked = _pick(self.rng, ASKERS, view)[1]
+        asked = _pick(self.rng, self.askers, view)[1]
         return self._turn(Asked("talk", asked.question, self.language.answers["no_picture"]), 0)
 
     def show(self, count: int) -> Turn:
@@ -122,13 +123,13 @@ class _Dialogue:
 
     def _question(self, pictures: int) -> Turn:
         rng = self.rng
-        if self.shown == 2 and rng.random() < 0.4:
+        if self.shown == 2 and rng.random() < self.both:
             asked = _pick(rng, PAIR_ASKERS, View(rng, self.language, self.scenes[0], 0, self.scenes))[1]
             self.last = None
             return self._turn(asked, pictures)
         which = rng.choice((1, 2)) if self.shown == 2 and (pictures != 1 or rng.random() < 0.3) else 0
         scene = self.scenes[which - 1] if which else self.scenes[self.shown - 1]
-        asker, asked = _pick(rng, ASKERS, View(rng, self.language, scene, which, self.scenes[: self.shown]))
+        asker, asked = _pick(rng, self.askers, View(rng, self.language, scene, which, self.scenes[: self.shown]))
         self.last = (asker.__name__, scene, asked)
         return self._turn(asked, pictures)
 
@@ -143,17 +144,20 @@ def _length(rng: random.Random) -> int:
     return rng.randint(shortest, longest)
 
 
-def conversation(stream: str, seed: int, index: int, turns_least: int = 1, pairs: float = PAIRS) -> Conversation:
+def conversation(
+    stream: str, seed: int, index: int, turns_least: int = 1, pairs: float = PAIRS, practice: bool = False
+) -> Conversation:
     """Conversation number ``index`` of ``stream`` (such as `TRAINING`) under ``seed``.
 
-    It has at least ``turns_least`` turns and, with probability ``pairs``, two pictures; evaluation keeps the defaults.
+    It has at least ``turns_least`` turns and, with probability ``pairs``, two pictures; ``practice`` asks the harder
+    questions more often. Evaluation keeps the defaults.
     """
     rng = random.Random(f"{stream}/{seed}/{index}")
     if rng.random() < 0.02:
         scenes: tuple[Scene, ...] = ()
     else:
         scenes = tuple(sample_scene(rng) for _ in range(2 if rng.random() < pairs else 1))
-    dialogue = _Dialogue(rng, scenes)
+    dialogue = _Dialogue(rng, scenes, practice)
     turns: list[Turn] = []
     together = len(scenes) == 2 and rng.random() < 0.65
     for _ in range(max(_length(rng), turns_least, 1 if not scenes or together else len(scenes))):

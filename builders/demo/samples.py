@@ -168,11 +168,11 @@ class ConversationBatches(IterableDataset[Batch]):
 
     def __init__(
         self, checkpoint: Path, *, rows: int, length: int, room: int, seed: int, first: int = 0, stride: int = 1,
-        stream: str = TRAINING, turns_least: int = 1, pairs: float = PAIRS,
+        stream: str = TRAINING, turns_least: int = 1, pairs: float = PAIRS, practice: bool = False,
     ) -> None:  # fmt: skip
         self.checkpoint, self.rows, self.length, self.room = checkpoint, rows, length, room
         self.seed, self.first, self.stride, self.stream = seed, first, stride, stream
-        self.turns_least, self.pairs = turns_least, pairs
+        self.turns_least, self.pairs, self.practice = turns_least, pairs, practice
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -181,9 +181,8 @@ class ConversationBatches(IterableDataset[Batch]):
         tokenizer = Tokenizer.from_file(str(self.checkpoint / "tokenizer.json"))
         packer, waiting = Packer(self.rows, self.length, self.room), list[Encoded]()
         while True:
-            talk = encode(
-                tokenizer, conversation(self.stream, self.seed, index, self.turns_least, self.pairs), self.length
-            )
+            asked = conversation(self.stream, self.seed, index, self.turns_least, self.pairs, self.practice)
+            talk = encode(tokenizer, asked, self.length)
             index += stride
             if not packer.add(talk):
                 waiting.append(talk)

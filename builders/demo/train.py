@@ -128,7 +128,7 @@ class Trainer:
         hidden, wanted = self._answers(batch, features)
         text = nn.functional.cross_entropy(self.network.logits(hidden), wanted)
         loss = text + self.options.cell_weight * cells
-        return loss, {"text": text.detach(), "cover": report["cover"], "centre": report["centre"], "same": report["same"]}
+        return loss, {"text": text.detach(), **{name: report[name] for name in ("cover", "centre", "same")}}
 
     def _answers(self, batch: Batch, features: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.network.hidden(batch, features)
@@ -186,6 +186,7 @@ class Trainer:
             self.out, rows=options.rows, length=options.length, room=options.pictures, seed=options.seed,
             first=first + self.rank, stride=options.processes, stream=stream,
             turns_least=options.turns if training else 1, pairs=options.pairs if training else PAIRS,
+            practice=training,
         )  # fmt: skip
 
     def batches(self) -> Iterator[Batch]:
