@@ -24,7 +24,7 @@ serve: .venv/default.stamp
 	@exec $(BIN)/wicore serve
 
 bench: .venv/default.stamp
-	@$(BIN)/wicore bench
+	@$(BIN)/wicore bench triton
 
 check: .venv/test.stamp
 	$(BIN)/ruff format --check

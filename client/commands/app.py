@@ -5,7 +5,9 @@ from __future__ import annotations
 import typer
 
 from builders.cli import build
-from client.commands import ask, bench, chat, demo, serve
+from client.commands import ask, chat, demo, serve
+from client.commands.bench import engine, triton
+from client.commands.random_checkpoint import random_checkpoint
 
 app = typer.Typer(
     name="wicore",
@@ -21,7 +23,12 @@ app.command("serve")(serve.serve)
 app.command("env")(serve.env)
 app.command("chat")(chat.chat)
 app.command("describe")(ask.describe)
-app.command("bench")(bench.bench)
+app.command("random-checkpoint")(random_checkpoint)
+
+benches = typer.Typer(help="Measure speed and latency.", no_args_is_help=True, rich_markup_mode=None)
+benches.command("engine")(engine.engine)
+benches.command("triton")(triton.triton)
+app.add_typer(benches, name="bench")
 
 demos = typer.Typer(help="The small trained model that comes with WiCore.", no_args_is_help=True, rich_markup_mode=None)
 demos.command("run")(demo.run)

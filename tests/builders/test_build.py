@@ -22,8 +22,8 @@ from builders.quantize import Precision
 from python_backends import contract, manifest
 from python_backends.errors import BuildError
 from tests.builders.checkpoint_files import add_tokenizer, complete, edit_json, load_weights, write_json, write_weights
-from tests.builders.published_configs import PUBLISHED
-from tests.builders.random_checkpoint import write_random_checkpoint
+from builders.published_configs import PUBLISHED
+from builders.random_checkpoint import write_random_checkpoint
 
 INT8 = Options(Precision("int8"))
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from builders.cli import build
 from python_backends import manifest
 from tests.builders.checkpoint_files import add_tokenizer, complete
-from tests.builders.published_configs import PUBLISHED
-from tests.builders.random_checkpoint import write_random_checkpoint
+from builders.published_configs import PUBLISHED
+from builders.random_checkpoint import write_random_checkpoint
 
 app = typer.Typer()
 app.command()(build)

@@ -15,7 +15,7 @@ from client.server import Server
 @pytest.mark.soak
 def test_perf_analyzer_measures_text_and_pictures(server: Server, tmp_path: Path) -> None:
     options = ["--address", server.addresses.grpc, "--tools", str(tmp_path), "--concurrency", "2", "--requests", "4"]
-    command = [sys.executable, "-m", "client.cli", "bench", "--json", "--max-tokens", "8", *options]
+    command = [sys.executable, "-m", "client.cli", "bench", "triton", "--json", "--max-tokens", "8", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["measurements"]

@@ -13,8 +13,8 @@ import pytest
 
 from python_backends import contract, manifest
 from tests.builders.checkpoint_files import add_tokenizer, write_json
-from tests.builders.published_configs import PUBLISHED
-from tests.builders.random_checkpoint import write_random_checkpoint
+from builders.published_configs import PUBLISHED
+from builders.random_checkpoint import write_random_checkpoint
 
 CHILD = """
 import sys

@@ -1,4 +1,4 @@
-"""The config.json files of the published Gemma-3 checkpoints, in the forms in which they were released."""
+"""The config.json files of the published Gemma-3 checkpoints, in the forms they were released in, and a tiny one."""
 
 from __future__ import annotations
 
@@ -101,3 +101,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         query_pre_attn_scalar=168,
     ),
 }
+TINY: dict[str, Any] = {
+    **PUBLISHED["1b"],
+    "head_dim": 32,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "max_position_embeddings": 4096,
+    "num_hidden_layers": 6,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 64,
+    "vocab_size": 4096,
+}
+"""No published shape: everything the 1B has, small enough to build and run in seconds."""

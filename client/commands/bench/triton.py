@@ -1,9 +1,8 @@
-"""`wicore bench`: perf_analyzer's figures as a table."""
+"""`wicore bench triton`: perf_analyzer's figures as a table."""
 
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +14,13 @@ from client.commands.options import DEFAULT_REPOSITORY, AsJson, Repository
 from client.commands.terminal import Status, command, emit
 
 if TYPE_CHECKING:
-    from client.bench import Measurement
+    from client.bench.perf_analyzer import Measurement
 
 PROMPT = "Describe the picture: how many shapes are there, of which colours, and where?"
 
 
 @command
-def bench(
+def triton(
     *,
     address: Annotated[
         str | None,
@@ -42,7 +41,8 @@ def bench(
     Answers are greedy and all of one length. TTFT is the time to the first token; requests/s and tokens/s count the
     whole server. Without --address the repository (by default the demo model, built if need be) is served for it.
     """
-    from client.bench import Workload, install, measure
+    from client.bench.machine import cores, processor
+    from client.bench.perf_analyzer import Workload, install, measure
 
     status = Status()
     status("installing perf_analyzer …")
@@ -56,7 +56,7 @@ def bench(
             found.append(measurement)
             status(f"measured {measurement.workload} × {measurement.concurrency}")
     status.clear()
-    configuration |= {"max_tokens": max_tokens, "cpu": _processor(), "cores": _cores()}
+    configuration |= {"max_tokens": max_tokens, "cpu": processor(), "cores": cores()}
     if as_json:
         emit({"configuration": configuration, "measurements": [dataclasses.asdict(one) for one in found]})
         return
@@ -66,20 +66,11 @@ def bench(
 
 def table(measurements: list[Measurement]) -> str:
     """Aligned columns."""
+    from client.bench.report import columns
+
     heads = ["workload", "concurrency", "requests", "failed", "requests/s", "tokens/s", "TTFT p50 ms", "p99",
              "latency p50 ms", "p99", "token p50 ms"]  # fmt: skip
-    rows = [[_shown(value) for value in dataclasses.astuple(one)] for one in measurements]
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [
-        [heads[0].ljust(widths[0]), *(head.rjust(width) for head, width in zip(heads[1:], widths[1:], strict=True))]
-    ]
-    for row in rows:
-        lines.append([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-    return "\n".join("  ".join(line) for line in lines)
-
-
-def _shown(value: object) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
+    return columns(heads, [dataclasses.astuple(one) for one in measurements])
 
 
 @contextmanager
@@ -105,17 +96,3 @@ def _drawing() -> bytes:
     from client.request import encoded
 
     return encoded(sample_picture(0)[0])
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))

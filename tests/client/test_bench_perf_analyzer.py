@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from client.bench import Workload, read_export
-from client.commands.bench import table
+from client.bench.perf_analyzer import Workload, read_export
+from client.commands.bench.triton import table
 from python_backends.errors import ServerUnavailableError
 
 MS = 1_000_000

@@ -1,0 +1,1 @@
+"""`wicore bench …`: one command per way of measuring."""
