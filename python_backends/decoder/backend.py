@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -139,6 +140,9 @@ class Answer:
         self._held: list[Piece] = []
         self._open = 1
         self._sent = False
+        # Triton (2.51) frees a request with its last response: asking about it afterwards ends the server.
+        self._lock = threading.Lock()
+        self._over = False
 
     def expect(self, count: int) -> None:
         """So many answers will come.
@@ -155,11 +159,12 @@ class Answer:
         try:
             work()
         except Exception as error:
-            self._sender.send(triton_io.refuse(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self._respond(triton_io.refuse(error), last=True)
 
     def is_cancelled(self) -> bool:
-        """Whether Triton knows that the caller has gone."""
-        return bool(self._sender.is_cancelled())
+        """Whether Triton knows that the caller has gone; False once the answer is complete."""
+        with self._lock:
+            return not self._over and bool(self._sender.is_cancelled())
 
     def send(self, piece: Piece) -> None:
         """Stream a piece, or hold it until the last one where the caller wants one response."""
@@ -167,17 +172,20 @@ class Answer:
             if not self._streaming:
                 self._held.append(piece)
             elif piece.text or piece.token_ids or piece.tool_calls:
-                self._sender.send(_response(piece))
-                self._sent = True
+                self._respond(_response(piece), last=False)
             return
         self._open -= 1
-        flags = 0 if self._open else pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         nothing_yet = not (self._held or self._sent or piece.token_ids)
         if piece.error is not None and nothing_yet and not self._open:
-            self._sender.send(triton_io.refuse(piece.error), flags=flags)
-            return
-        self._sent = True
-        self._sender.send(_response(_joined([*self._held, piece])), flags=flags)
+            self._respond(triton_io.refuse(piece.error), last=True)
+        else:
+            self._respond(_response(_joined([*self._held, piece])), last=not self._open)
+
+    def _respond(self, response: Any, *, last: bool) -> None:
+        with self._lock:
+            self._sent = True
+            self._over = last
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
