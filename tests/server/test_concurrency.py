@@ -1,0 +1,63 @@
+"""Many callers at once: everybody is answered, text never waits for images, and images are batched and remembered."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from client import Client
+from client.server import Server
+from python_backends import contract
+
+
+def statistics(server: Server, model: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{server.addresses.http}/v2/models/{model}/stats") as response:
+        found: dict[str, Any] = json.load(response)["model_stats"][0]
+    return found
+
+
+def picture(number: int) -> Image.Image:
+    return Image.new("RGB", (40, 40), (number % 256, 80, 160))
+
+
+def test_short_requests_by_the_hundred_leave_the_server_whole(server: Server, client: Client) -> None:
+    """A response that crossed the end of its request once ended tritonserver after a few dozen of these."""
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda number: client.generate(f"Hello {number}", max_tokens=2), range(400)))
+    assert all(answer.usage.completion_tokens in {1, 2} for answer in answers)
+    server.check()
+
+
+def test_text_never_reaches_the_vision_encoder_and_images_are_batched_and_cached(
+    server: Server, client: Client
+) -> None:
+    before = statistics(server, contract.VISION_ENCODER)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: client.generate(f"Hi {number}", max_tokens=1), range(40)))
+    assert statistics(server, contract.VISION_ENCODER) == before
+    asked = [number % 12 for number in range(48)]
+    with ThreadPoolExecutor(16) as pool:
+        images = pool.map(lambda number: client.generate("What?", images=[picture(number)], max_tokens=1), asked)
+        texts = pool.map(lambda number: client.generate(f"Hi {number}", max_tokens=1), range(48))
+        assert len([*images, *texts]) == 96
+    after = statistics(server, contract.VISION_ENCODER)
+    hits = after["inference_stats"]["cache_hit"].get("count", 0) - before["inference_stats"]["cache_hit"].get(
+        "count", 0
+    )
+    misses = after["inference_stats"]["cache_miss"].get("count", 0) - before["inference_stats"]["cache_miss"].get(
+        "count", 0
+    )
+    assert hits + misses == 48, "one request per image"
+    assert hits > 0
+
+
+@pytest.mark.parametrize("count", [3])
+def test_several_answers_come_in_one_stream(client: Client, count: int) -> None:
+    pieces = list(client.stream("Hello", n=count, temperature=1.0, seed=4, max_tokens=6))
+    finished = [piece.index for piece in pieces if piece.finish_reason]
+    assert sorted(finished) == list(range(count))
