@@ -18,12 +18,12 @@ import pytest
 from builders import identity, repository
 from builders.build import Options, Result, build
 from builders.checkpoint import open_checkpoint
+from builders.published_configs import PUBLISHED
 from builders.quantize import Precision
+from builders.random_checkpoint import write_random_checkpoint
 from python_backends import contract, manifest
 from python_backends.errors import BuildError
 from tests.builders.checkpoint_files import add_tokenizer, complete, edit_json, load_weights, write_json, write_weights
-from builders.published_configs import PUBLISHED
-from builders.random_checkpoint import write_random_checkpoint
 
 INT8 = Options(Precision("int8"))
 

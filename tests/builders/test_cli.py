@@ -17,10 +17,10 @@ import typer
 from typer.testing import CliRunner
 
 from builders.cli import build
-from python_backends import manifest
-from tests.builders.checkpoint_files import add_tokenizer, complete
 from builders.published_configs import PUBLISHED
 from builders.random_checkpoint import write_random_checkpoint
+from python_backends import manifest
+from tests.builders.checkpoint_files import add_tokenizer, complete
 
 app = typer.Typer()
 app.command()(build)

@@ -9,9 +9,9 @@ import pytest
 from transformers import Gemma3Config, Gemma3TextConfig
 
 from builders.model_config import ModelConfig, TextConfig, VisionConfig, read_model_config
+from builders.published_configs import PUBLISHED
 from python_backends.errors import BuildError
 from tests.builders.checkpoint_files import write_json
-from builders.published_configs import PUBLISHED
 
 
 def _read(folder: Path, values: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelConfig:

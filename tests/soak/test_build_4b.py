@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from python_backends import contract, manifest
-from tests.builders.checkpoint_files import add_tokenizer, write_json
 from builders.published_configs import PUBLISHED
 from builders.random_checkpoint import write_random_checkpoint
+from python_backends import contract, manifest
+from tests.builders.checkpoint_files import add_tokenizer, write_json
 
 CHILD = """
 import sys

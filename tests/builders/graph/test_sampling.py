@@ -21,7 +21,7 @@ def run(tmp_path_factory):
 def draw(run):
     """Logits [B, R, V] and the parameters of the filters → (next_token, logprob)."""
 
-    def draw(logits, temperature, top_k, top_p, min_p, uniform):  # noqa: PLR0917 - the order transformers filters in
+    def draw(logits, temperature, top_k, top_p, min_p, uniform):
         filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         outputs = run(logits, **filters, uniform=uniform)
         return outputs["next_token"], outputs["logprob"]
