@@ -3,7 +3,7 @@
 Three forms arrive: `text_input` (one user turn), `text_input` that already holds turns (taken as it is), and
 `messages`, the OpenAI list. Pictures come inside messages (``image_url`` parts) or beside them in the `image` tensor,
 whose entries fill the placeholders (``image`` parts, or ``<start_of_image>`` in a text) in order; where there is no
-placeholder they go in front of the last user turn's text.
+placeholder they go in front of the last user turn's text. What belongs to tools is in `tool_turns`.
 """
 
 from __future__ import annotations

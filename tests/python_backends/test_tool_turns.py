@@ -234,6 +234,7 @@ def nested(depth: int) -> str:
 
 REFUSED: dict[str, tuple[list[Any], str]] = {
     "no result": ([QUESTION, ROME], "call '1' of weather has no result"),
+    "no result before the next question": ([QUESTION, ROME, QUESTION], "call '1' of weather has no result"),
     "one result of two": ([QUESTION, TWO, result("1"), QUESTION], "call '2' of now has no result"),
     "a result twice": ([QUESTION, ROME, result("1"), result("1")], r"messages\[3\] answers the call '1'"),
     "a result of no call": ([QUESTION, result("1")], r"messages\[1\] answers the call '1'"),
