@@ -83,6 +83,14 @@ def latencies(traces: Sequence[Trace]) -> Latencies:
     )
 
 
+def overlap(traces: Sequence[Trace]) -> bool:
+    """Whether the whole batch decoded at one time, or a request failed and there is nothing to wait for."""
+    if any(trace.error or not trace.stamps for trace in traces):
+        return True
+    begin, end = max(trace.stamps[0] for trace in traces), min(trace.stamps[-1] for trace in traces)
+    return any(begin < at <= end for trace in traces for at, _ in gaps(trace))
+
+
 def decode_speed(traces: Sequence[Trace], prompt_tokens: int) -> DecodeSpeed:
     """Figures of a batch that began together.
 
@@ -95,7 +103,7 @@ def decode_speed(traces: Sequence[Trace], prompt_tokens: int) -> DecodeSpeed:
     begin = max(trace.stamps[0] for trace in traces)
     end = min(trace.stamps[-1] for trace in traces)
     inside = [gap for trace in traces for at, gap in gaps(trace) if begin < at <= end]
-    if end <= begin or not inside:
+    if not inside:
         raise ServerUnavailableError("answers did not overlap; ask for more tokens (--output-tokens)")
     between = [1e3 * gap for gap in inside]
     speed = len(inside) / (end - begin)

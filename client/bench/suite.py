@@ -18,6 +18,7 @@ from client.bench.figures import (
     intrusion,
     kv_bytes,
     latencies,
+    overlap,
     step_stats,
     weight_bytes,
 )
@@ -32,6 +33,8 @@ from python_backends.manifest import Manifest
 WARM_UP_TOKENS = 4
 BEFORE_TOKENS = 24
 """Tokens every decoding request has when the long prompt arrives, and draws after it at the least."""
+LENGTHENED = (1, 2, 4, 8)
+"""How many times ``output_tokens`` a batch decodes at most until its answers overlap."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Plan:
     def longest(self) -> int:
         """Tokens of context that the longest request needs, with room for a template and for padded chunks."""
         late = self.long_tokens + self.output_tokens
-        return 64 + max(late, self.prompt_tokens + max(self.output_tokens, self.intruded_tokens), self.prefill_tokens)
+        answer = max(LENGTHENED[-1] * self.output_tokens, self.intruded_tokens)
+        return 64 + max(late, self.prompt_tokens + answer, self.prefill_tokens)
 
     @property
     def intruded_tokens(self) -> int:
@@ -94,8 +98,17 @@ def prefill(target: Target, prompts: Prompts, plan: Plan) -> dict[str, float]:
 
 
 def decode(target: Target, prompts: Prompts, plan: Plan, batch: int) -> DecodeSpeed:
-    """One batch that begins together."""
-    jobs = [prompts.job(plan.prompt_tokens, plan.output_tokens) for _ in range(batch)]
+    """One batch that begins together; answers are made longer where the first ends before the last begins.
+
+    Raises:
+        ServerUnavailableError: as `decode_speed`.
+    """
+    for factor in LENGTHENED[:-1]:
+        jobs = [prompts.job(plan.prompt_tokens, factor * plan.output_tokens) for _ in range(batch)]
+        traces = together(target, jobs)
+        if overlap(traces):
+            return decode_speed(traces, len(jobs[0].input_ids))
+    jobs = [prompts.job(plan.prompt_tokens, LENGTHENED[-1] * plan.output_tokens) for _ in range(batch)]
     return decode_speed(together(target, jobs), len(jobs[0].input_ids))
 
 

@@ -1,0 +1,96 @@
+"""GGUF files of a Gemma-3 checkpoint's language model, for llama.cpp: written in bfloat16, quantized by llama.cpp.
+
+Names and metadata are those of llama.cpp's own converter for ``gemma3``; norms are stored as 1 + w, as it does. There
+is no tokenizer inside: prompts are token ids.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import ml_dtypes
+import numpy as np
+
+from builders.checkpoint import Checkpoint, open_checkpoint
+from builders.model_config import TextConfig
+
+FILE_TYPES = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
+PLAIN = "bf16"
+_LINEAR = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_NORMS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def write_gguf(checkpoint: Checkpoint, path: Path) -> None:
+    """The language model in bfloat16, its norms in float32. Tensors are read one at a time."""
+    writer = gguf.GGUFWriter(path, "gemma3", use_temp_file=True)
+    _write_metadata(writer, checkpoint.config.text)
+    matrices = {"embed_tokens": "token_embd"}
+    norms = {"norm": "output_norm"}
+    for layer in range(checkpoint.config.text.num_layers):
+        matrices |= {f"layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in _LINEAR.items()}
+        norms |= {f"layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in _NORMS.items()}
+    for ours, theirs in norms.items():
+        writer.add_tensor(f"{theirs}.weight", 1 + checkpoint.tensor(f"{ours}.weight").read())
+    for ours, theirs in matrices.items():
+        weight = checkpoint.tensor(f"{ours}.weight").read().astype(ml_dtypes.bfloat16)
+        writer.add_tensor(f"{theirs}.weight", weight.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_metadata(writer: gguf.GGUFWriter, text: TextConfig) -> None:
+    writer.add_context_length(text.max_context_length)
+    writer.add_embedding_length(text.hidden_size)
+    writer.add_block_count(text.num_layers)
+    writer.add_feed_forward_length(text.intermediate_size)
+    writer.add_head_count(text.num_heads)
+    writer.add_head_count_kv(text.num_kv_heads)
+    writer.add_key_length(text.head_dim)
+    writer.add_value_length(text.head_dim)
+    writer.add_layer_norm_rms_eps(text.rms_norm_eps)
+    writer.add_rope_freq_base(text.rope_theta_global)
+    if text.rope_scaling_factor != 1:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(text.rope_scaling_factor)
+    writer.add_sliding_window(text.sliding_window)
+    writer.add_vocab_size(text.vocab_size)
+    writer.add_tokenizer_model("none")
+
+
+def quantize(source: Path, path: Path, name: str, threads: int) -> None:
+    """Every matrix in one type, embedding and head included ("pure"), by llama.cpp's own quantizer."""
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.pure, settings.nthread = FILE_TYPES[name], True, threads
+    status = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(settings))
+    if status:
+        raise RuntimeError(f"llama.cpp could not quantize {source} to {name}: {status}")
+
+
+if __name__ == "__main__":
+    checkpoint_folder, folder, threads_text, *names = sys.argv[1:]
+    plain = Path(folder) / f"{PLAIN}.gguf"
+    write_gguf(open_checkpoint(Path(checkpoint_folder)), plain)
+    for wanted in names:
+        quantize(plain, Path(folder) / f"{wanted}.gguf", wanted, int(threads_text))
+    plain.unlink()

@@ -1,0 +1,58 @@
+"""transformers with PyTorch as a peer."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.bench.peers.protocol import Prompt, serve
+
+
+class Transformers:
+    """The checkpoint's language model as it loads by default, stepped by hand: no time goes to `generate`."""
+
+    def __init__(self, checkpoint: str, dtype: str, threads: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        self._torch = torch
+        self._model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+
+    def _step(self, ids: Any, cache: Any) -> tuple[Any, Any]:
+        """Tokens drawn [B, 1] and the cache."""
+        with self._torch.inference_mode():
+            output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
+
+    def prefill(self, prompt: Prompt) -> float:
+        """See `Peer.prefill`."""
+        begin = time.perf_counter()
+        self._step(self._torch.tensor([list(prompt)]), None)
+        return time.perf_counter() - begin
+
+    def decode(self, prompts: Sequence[Prompt], tokens: int) -> list[float]:
+        """See `Peer.decode`."""
+        drawn, cache = self._step(self._torch.tensor([list(prompt) for prompt in prompts]), None)
+        seconds = []
+        for _ in range(tokens - 1):
+            begin = time.perf_counter()
+            drawn, cache = self._step(drawn, cache)
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+    def logits(self, prompt: Prompt) -> NDArray[np.float32]:
+        """See `Peer.logits`."""
+        with self._torch.inference_mode():
+            output = self._model(input_ids=self._torch.tensor([list(prompt)]), use_cache=False)
+        values: NDArray[np.float32] = output.logits[0].float().numpy()
+        return values
+
+
+if __name__ == "__main__":
+    serve(Transformers(sys.argv[1], sys.argv[2], int(sys.argv[3])))
