@@ -90,7 +90,8 @@ class Server:
                 self._end(graceful=False)
                 # Between choosing a free port and binding it another program may have come first.
                 chosen = 0 in (self.options.http_port, self.options.grpc_port, self.options.metrics_port)
-                if not (chosen and self.log.port_taken and attempt < START_ATTEMPTS):
+                again = (chosen and self.log.port_taken) or self.log.starved
+                if not again or attempt == START_ATTEMPTS:
                     raise
             else:
                 return

@@ -15,6 +15,8 @@ _POLL = re.compile(r"\"Poll failed for model directory '(?P<model>[^']+)': (?P<r
 _INVALID = re.compile(r"\"(?P<reason>Invalid argument: ensemble '?(?P<model>\w+)'?.*)\"$")
 _FATAL = re.compile(r"^error: creating server: (?P<reason>.*)$")
 _TAKEN = re.compile(r"already in use|Address already in use")
+_STARVED = "boost::interprocess::lock_exception"
+"""Triton gives up on a stage whose process does not get to its start-up handshake in time."""
 _FLAG = re.compile(r"unrecognized option '(?P<flag>--[\w-]+)")
 _EXCEPTION = re.compile(r"\b(?P<code>" + "|".join(sorted(BY_CODE, key=len, reverse=True)) + r"): (?P<message>.*)")
 _CONSEQUENCE = "which has no loaded version"
@@ -41,6 +43,7 @@ class ServerLog:
     progress: Progress = field(default_factory=Progress)
     failures: dict[str, str] = field(default_factory=dict)
     port_taken: bool = False
+    starved: bool = False
     unknown_flag: str = ""
     fatal: str = ""
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL))
@@ -63,6 +66,8 @@ class ServerLog:
             self.unknown_flag = match["flag"]
         elif _TAKEN.search(line):
             self.port_taken = True
+        elif _STARVED in line:
+            self.starved = True
         return False
 
     def explain(self) -> str:
@@ -78,6 +83,8 @@ class ServerLog:
             return f"this tritonserver does not know {self.unknown_flag}; WiCore needs 24.10 (2.51) or later"
         if self.port_taken:
             return "a port was taken by another program while the server started; try again"
+        if self.starved:
+            return "this machine was too busy for a stage to start in time; try again, or stop other programs"
         errors = [line for line in self.tail if line.startswith("E")]
         return self.fatal or (cause(errors[-1]) if errors else "tritonserver gave no reason")
 

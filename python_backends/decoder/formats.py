@@ -11,7 +11,7 @@ from python_backends.decoder import response_format as formats
 from python_backends.decoder.grammar import Grammar, GrammarCompiler
 from python_backends.decoder.sequence import Request
 from python_backends.decoder.token_bytes import TokenBytes
-from python_backends.decoder.tools import call_grammar, read_tool_choice, read_tools
+from python_backends.decoder.tools import call_grammar, read_request
 from python_backends.errors import InvalidParameterError
 from python_backends.manifest import ModelShape
 
@@ -36,10 +36,7 @@ class FormatReader:
             OverloadedError: too many grammars are being compiled.
         """
         grammar: Grammar | None = None
-        found = read_tools(formats.parse(tools)) if tools else ()
-        if tool_choice and not found:
-            raise InvalidParameterError("tool_choice needs tools")
-        choice = read_tool_choice(formats.parse(tool_choice) if tool_choice else None, found)
+        found, choice = read_request(tools, tool_choice)
         if found and (text := call_grammar(found, choice)) is not None:
             if response_format:
                 raise InvalidParameterError("response_format and a required tool call exclude each other")

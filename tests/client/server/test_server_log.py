@@ -74,3 +74,10 @@ def test_no_line_can_break_the_reader(line: str) -> None:
 def test_an_option_that_triton_does_not_know_is_named() -> None:
     log = log_of("tritonserver: unrecognized option '--cache-config=local,size=1'", "Usage: tritonserver [options]")
     assert "--cache-config" in log.explain()
+
+
+def test_a_machine_too_busy_to_start_a_stage_is_told_as_that() -> None:
+    log = ServerLog()
+    log.add("terminate called after throwing an instance of 'boost::interprocess::lock_exception'")
+    assert log.starved
+    assert "too busy" in log.explain()
