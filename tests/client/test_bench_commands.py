@@ -1,0 +1,134 @@
+"""`wicore bench engine | serve | peers` run to the end on a tiny random model; times are nobody's business here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from builders.build import Options, build
+from builders.quantize import Precision
+from builders.random_checkpoint import make_checkpoint
+from client.bench.peers.compare import cosine, label, read_label
+from client.bench.prompts import Prompts
+from client.commands.app import app
+from python_backends.errors import BuildError
+
+SMALL = ["--batch", "1", "--batch", "2", "--prompt-tokens", "24", "--output-tokens", "8", "--prefill-tokens", "40"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> Path:
+    make_checkpoint(folder / "tiny", "tiny", 2)
+    return folder / "tiny"
+
+
+@pytest.fixture(scope="module")
+def repository(folder: Path, checkpoint: Path) -> Path:
+    build(checkpoint, folder / "repository", Options(Precision("int8")))
+    return folder / "repository"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.bench.machine.memory_bandwidth", lambda _: {"read": 1e10, "copy": 1e10})
+
+
+def run(*arguments: str) -> str:
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_bench_engine_measures_everything_it_names(repository: Path, folder: Path) -> None:
+    options = ["--repository", str(repository), *SMALL, "--long-tokens", "100", "--requests", "3", "--repeats", "1"]
+    plot = folder / "engine.svg"
+    found: dict[str, Any] = json.loads(run("bench", "engine", *options, "--plot", str(plot), "--json"))
+    assert [one["batch"] for one in found["decode"]] == [1, 2]
+    assert all(one["tokens_per_s"] > 0 and one["floor_ms"] > 0 for one in found["decode"])
+    assert found["prefill"]["prompt_tokens"] == 40
+    assert found["closed_loop"]["requests"] == 3
+    assert 0 < found["closed_loop"]["steps"]["occupancy"] <= 1
+    assert found["long_prompt"]["decoding"] == 1
+    assert found["long_prompt"]["before"]["tokens"] > 0
+    about = found["configuration"]
+    assert about["precision"] == "int8"
+    assert about["max_draft"] == 0
+    assert ElementTree.parse(plot).getroot().tag.endswith("svg")
+
+
+def test_bench_engine_prints_a_table(repository: Path) -> None:
+    options = ["--repository", str(repository), *SMALL, "--long-tokens", "0", "--requests", "2", "--repeats", "1"]
+    printed = run("bench", "engine", *options)
+    assert "batch 2" in printed
+    assert "GB/s" in printed
+
+
+def test_bench_serve_compares_triton_with_the_engine(repository: Path, folder: Path) -> None:
+    options = ["--repository", str(repository), *SMALL, "--requests", "4", "--repeats", "1"]
+    plot = folder / "serve.svg"
+    found: dict[str, Any] = json.loads(run("bench", "serve", *options, "--plot", str(plot), "--json"))
+    assert set(found["targets"]) == {"engine", "triton"}
+    for values in found["targets"].values():
+        assert [one["batch"] for one in values["decode"]] == [1, 2]
+        assert [one["failed"] for one in (*values["closed_loop"], values["open_loop"])] == [0, 0, 0]
+        assert values["prefill"]["prompt_tokens"] == 40
+    assert [one["batch"] for one in found["cost"]] == [1, 2]
+    assert ElementTree.parse(plot).getroot().tag.endswith("svg")
+
+
+def test_bench_peers_agrees_with_transformers_where_nothing_is_quantized(checkpoint: Path, folder: Path) -> None:
+    options = ["--ours", "fp32", "--without", "llama.cpp", *SMALL, "--repeats", "1", "--tools", str(folder / "tools")]
+    found: dict[str, Any] = json.loads(run("bench", "peers", str(checkpoint), *options, "--json"))
+    ours, theirs = found["engines"]
+    assert (ours["engine"], theirs["engine"]) == ("wicore fp32", "transformers bf16")
+    assert ours["cosine"] > 0.99999
+    assert theirs["cosine"] > 0.99
+    assert all(one["peak_memory_bytes"] > 10**7 for one in found["engines"])
+    assert all(speed > 0 for one in found["engines"] for speed in one["decode_tokens_per_s"].values())
+
+
+def test_prompts_have_the_length_that_was_asked_for_and_differ(repository: Path) -> None:
+    prompts = Prompts(repository, seed=1)
+    jobs = [prompts.job(length, 4) for length in (20, 20, 64, 700)]
+    assert [len(job.input_ids) for job in jobs] == [20, 20, 64, 700]
+    assert jobs[0].input_ids != jobs[1].input_ids
+
+
+def test_a_prompt_shorter_than_the_template_is_refused(repository: Path) -> None:
+    with pytest.raises(BuildError, match="template"):
+        Prompts(repository, seed=1).job(3, 4)
+
+
+@pytest.mark.parametrize("text", ["int4:32", "int8:128", "int4:64:asymmetric", "fp32", "int4:0"])
+def test_precisions_are_read_as_they_are_written(text: str) -> None:
+    assert label(read_label(text)) == text
+
+
+@pytest.mark.parametrize("text", ["int5", "int4:big", "int4:32:odd", "int4:33"])
+def test_what_is_no_precision_is_refused(text: str) -> None:
+    with pytest.raises(BuildError):
+        read_label(text)
+
+
+def test_cosine_is_a_mean_over_positions() -> None:
+    import numpy as np
+
+    rows = np.array([[1, 0], [1, 1]], np.float32)
+    assert cosine(rows, np.array([[1, 0], [1, -1]], np.float32)) == pytest.approx(0.5)
+    assert cosine(rows, 3 * rows) == pytest.approx(1)
+
+
+def test_random_checkpoint_command_tells_what_it_wrote(tmp_path: Path) -> None:
+    told = json.loads(run("random-checkpoint", "tiny", str(tmp_path / "new"), "--layers", "1", "--json"))
+    assert told["weight_bytes"] > 10**6
+    assert (tmp_path / "new" / "tokenizer.json").exists()
