@@ -203,9 +203,13 @@ def _gguf(setup: Setup, packages: Path, report: Any) -> dict[str, Path]:
         return files
     report("writing GGUF files …")
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "client.bench.peers.gguf_files", setup.checkpoint, folder, str(setup.threads)]
+    command = [sys.executable, "-m", "client.bench.peers.gguf_files", str(setup.checkpoint), str(folder)]
     done = subprocess.run(
-        [*command, *GGUF_TYPES], env=environment([packages], setup.threads), capture_output=True, text=True, check=False
+        [*command, str(setup.threads), *GGUF_TYPES],
+        env=environment([packages], setup.threads),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]

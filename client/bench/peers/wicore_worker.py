@@ -70,7 +70,8 @@ class WiCore:
         found = runtime.step(inputs, want_logits=True).logits
         runtime.close()
         assert found is not None
-        return found[0]
+        values: NDArray[np.float32] = found[0]
+        return values
 
 
 if __name__ == "__main__":
