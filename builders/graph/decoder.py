@@ -7,6 +7,7 @@ are float32 in every precision, because Gemma-3's residuals overflow float16.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,15 @@ def write_decoder(
         graph.save(folder / MODEL_FILE)
 
 
+def attention_precision(precision: Precision) -> Precision:
+    """How the attention projections are stored: as the rest, but in eight bits where the rest has four.
+
+    They are a tenth of a layer's weights and make almost half of its error, because the norm behind attention gives
+    both branches of a layer the same weight (figures in docs/performance.md).
+    """
+    return dataclasses.replace(precision, name="int8") if precision.name == "int4" else precision
+
+
 class _Decoder:
     def __init__(self, graph: GraphWriter, checkpoint: Checkpoint, precision: Precision, accuracy_level: int) -> None:
         self._graph = graph
@@ -58,6 +68,7 @@ class _Decoder:
         self._text = checkpoint.config.text
         self._images = checkpoint.config.vision is not None
         self._linears = Linears(graph, precision, accuracy_level)
+        self._projections = Linears(graph, attention_precision(precision), accuracy_level)
         # Half the memory at the same speed; the rounding is far below that of the weights.
         self._cache_dtype = TensorProto.FLOAT if precision.name == "fp32" else TensorProto.FLOAT16
         shape = graph.op("Shape", "input_ids")
@@ -105,7 +116,8 @@ class _Decoder:
     def _attend(self, stream: Value, layer: int, attention: ContribAttention, rotation: tuple[Value, Value]) -> Value:
         graph, text, prefix = self._graph, self._text, f"layers.{layer}."
         x = self._norm(stream, prefix + "input_layernorm")
-        packed = graph.reshape(self._linear(x, prefix + "self_attn", "q_proj", "k_proj", "v_proj"), self._by_row)
+        projected = self._linear(self._projections, x, prefix + "self_attn", "q_proj", "k_proj", "v_proj")
+        packed = graph.reshape(projected, self._by_row)
         widths = (text.num_heads * text.head_dim, *[text.num_kv_heads * text.head_dim] * 2)
         query, key, value = graph.ops("Split", packed, graph.ints(*widths), outputs=3, axis=2)
         # The score's scale rides on the query norm's weight.
@@ -114,26 +126,27 @@ class _Decoder:
         query = graph.op("RotaryEmbedding", query, *rotation, num_heads=text.num_heads)
         key = graph.op("RotaryEmbedding", key, *rotation, num_heads=text.num_kv_heads)
         x = graph.reshape(attention.apply(query, key, value, layer), graph.ints(-1, widths[0]))
-        x = self._norm(self._linear(x, prefix + "self_attn", "o_proj"), prefix + "post_attention_layernorm")
-        return graph.op("Add", stream, x)
+        x = self._linear(self._projections, x, prefix + "self_attn", "o_proj")
+        return graph.op("Add", stream, self._norm(x, prefix + "post_attention_layernorm"))
 
     def _feed_forward(self, stream: Value, layer: int) -> Value:
         graph, prefix = self._graph, f"layers.{layer}."
         x = self._norm(stream, prefix + "pre_feedforward_layernorm")
-        packed = self._linear(x, prefix + "mlp", "gate_proj", "up_proj")
+        packed = self._linear(self._linears, x, prefix + "mlp", "gate_proj", "up_proj")
         gate, up = graph.ops("Split", packed, outputs=2, axis=1, num_outputs=2)
-        x = self._linear(graph.op("Mul", graph.op("Gelu", gate, approximate="tanh"), up), prefix + "mlp", "down_proj")
+        gated = graph.op("Mul", graph.op("Gelu", gate, approximate="tanh"), up)
+        x = self._linear(self._linears, gated, prefix + "mlp", "down_proj")
         return graph.op("Add", stream, self._norm(x, prefix + "post_feedforward_layernorm"))
 
     def _headwise_norm(self, x: Value, name: str, scale: float = 1.0) -> Value:
         """[B, S, heads·head_dim] with every head normed on its own."""
         return self._graph.reshape(self._norm(self._graph.reshape(x, self._by_head), name, scale), self._by_row)
 
-    def _linear(self, x: Value, prefix: str, *names: str) -> Value:
+    def _linear(self, linears: Linears, x: Value, prefix: str, *names: str) -> Value:
         """One product for projections that share their input."""
         tensors = [self._checkpoint.tensor(f"{prefix}.{name}.weight") for name in names]
         weight = concat_rows(tensors) if len(tensors) > 1 else tensors[0]
-        return self._linears.apply(x, self._linears.store(weight, f"{prefix}.{'_'.join(names)}.weight"))
+        return linears.apply(x, linears.store(weight, f"{prefix}.{'_'.join(names)}.weight"))
 
     def _norm(self, x: Value, name: str, scale: float = 1.0) -> Value:
         """RMS norm over the last axis with Gemma's weight 1 + w, times ``scale``."""
@@ -146,13 +159,11 @@ class _Decoder:
         graph, text = self._graph, self._text
         rows = graph.op("Unsqueeze", graph.cast("logit_positions", TensorProto.INT64), graph.ints(2))
         wanted = graph.op("GatherND", graph.reshape(stream, self._by_row), rows, batch_dims=1)
-        x = self._norm(graph.reshape(wanted, graph.ints(-1, text.hidden_size)), "norm")
+        x = self._norm(wanted, "norm")
         head = embedding
         if not text.tie_embeddings:
             head = self._linears.store(self._checkpoint.tensor("lm_head.weight"), "lm_head.weight")
-        shape = graph.op("Concat", graph.op("Shape", "logit_positions"), graph.ints(-1), axis=0)
-        logits = graph.op("Reshape", self._linears.apply(x, head), shape, outputs=["logits"])
-        sample(graph, logits, text.vocab_size)
+        sample(graph, self._linears.logits(x, head, "logits"), text.vocab_size)
         graph.output("logits", TensorProto.FLOAT, ["B", "R", text.vocab_size])
 
 

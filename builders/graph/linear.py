@@ -7,6 +7,7 @@ Activations enter and leave in float32. Weights keep the checkpoint's [out, in] 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +60,19 @@ class Linears:
         product = graph.cast(graph.op("Gemm", half, weight, transB=1), TensorProto.FLOAT)
         return graph.op("Add", product, bias) if bias else product
 
-    def _apply_quantized(self, x: Value, matrix: Matrix, bias: Value) -> Value:
+    def logits(self, x: Value, matrix: Matrix, name: Value) -> Value:
+        """``x · Wᵀ`` of x [B, R, K] as the graph output ``name`` [B, R, N].
+
+        A node of its own that reshaped to an output would copy the vocabulary of every row.
+        """
+        if self._precision.quantized:
+            return self._apply_quantized(x, matrix, "", outputs=[name])
+        graph = self._graph
+        rows = self.apply(graph.reshape(x, graph.ints(-1, matrix.columns)), matrix)
+        shape = graph.op("Concat", graph.op("Shape", x, end=2), graph.ints(-1), axis=0)
+        return graph.op("Reshape", rows, shape, outputs=[name])
+
+    def _apply_quantized(self, x: Value, matrix: Matrix, bias: Value, outputs: Sequence[Value] = ()) -> Value:
         packed = matrix.packed
         inputs = [tensor.name if tensor is not None else "" for tensor in packed]
         inputs += ["", bias] if bias else []
@@ -68,6 +81,7 @@ class Linears:
             x,
             *inputs,
             domain=CONTRIB,
+            outputs=outputs,
             K=matrix.columns,
             N=matrix.rows,
             bits=self._precision.bits,

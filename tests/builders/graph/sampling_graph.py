@@ -18,12 +18,12 @@ V = 97
 DTYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
 
 
-def sampler(folder: Path) -> Callable[..., dict[str, np.ndarray]]:
+def sampler(folder: Path, vocab_size: int = V) -> Callable[..., dict[str, np.ndarray]]:
     """The sampling graph alone: logits [B, R, V] and any other inputs by name → outputs by name."""
     with WeightFile(folder / "sampling.weights") as weights:
         graph = GraphWriter(weights)
-        graph.input("logits", TensorProto.FLOAT, ["B", "R", V])
-        sample(graph, "logits", V)
+        graph.input("logits", TensorProto.FLOAT, ["B", "R", vocab_size])
+        sample(graph, "logits", vocab_size)
         graph.save(folder / "sampling.onnx")
     session = onnxruntime.InferenceSession(folder / "sampling.onnx", providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_outputs()]

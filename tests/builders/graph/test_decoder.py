@@ -10,6 +10,7 @@ import torch
 
 from builders.checkpoint import open_checkpoint
 from builders.graph import attention, write_decoder
+from builders.graph.decoder import attention_precision
 from builders.quantize import Precision, dequantize, quantize
 from python_backends.runtime.onnxruntime import OnnxRuntimeDecoder
 from tests.checkpoints import FAMILIES, IMAGE_FAMILIES, IMAGE_NAMES, NAMES, checkpoint, make_model, tiny
@@ -112,7 +113,8 @@ def dequantized_reference(folder: Path, precision: Precision) -> Reference:
             if parameter.ndim == 2 and "position_embedding" not in name:
                 turned = "mm_input_projection" in name  # stored [in, out], unlike every other
                 weight = np.ascontiguousarray(parameter.numpy().T if turned else parameter.numpy())
-                rounded = dequantize(quantize(weight, precision), weight.shape[1], precision.bits)
+                stored = attention_precision(precision) if "self_attn" in name else precision
+                rounded = dequantize(quantize(weight, stored), weight.shape[1], stored.bits)
                 parameter.copy_(torch.from_numpy(rounded.T.copy() if turned else rounded))
     return model
 

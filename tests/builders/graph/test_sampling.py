@@ -108,6 +108,17 @@ def test_greedy_takes_the_lowest_id_among_equal_logits(draw):
     assert tokens[0, 0] == 7
 
 
+@pytest.mark.parametrize("vocab_size", [96, 513, 1536])  # three groups of 32, 513 of one, three of 512
+def test_the_largest_logit_is_found_in_any_vocabulary(tmp_path, vocab_size):
+    run_once = sampler(tmp_path, vocab_size)
+    logits = np.random.default_rng(0).normal(0, 3, (2, 40, vocab_size)).astype(np.float32)
+    assert run_once(logits)["next_token"].tolist() == logits.argmax(-1).tolist()
+    for equals in ([0, 1, vocab_size - 1], [31, 32, 33], [vocab_size - 2, vocab_size - 1]):
+        tied = np.full((1, 1, vocab_size), -5, np.float32)
+        tied[0, 0, equals] = -2
+        assert run_once(tied)["next_token"][0, 0] == equals[0]
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e6])
 def test_extreme_temperatures_stay_defined(draw, temperature):
     tokens, logprobs = draw(logits_of(3)[None, None], [temperature], [0], [1], [0], [[0.999]])
