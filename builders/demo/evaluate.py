@@ -164,7 +164,7 @@ def transformers_answerer(checkpoint: Path, device: str = "cpu", quantize: str |
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = Gemma3ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
     if quantize is not None:
-        WeightQuantizer(model).quantized(quantize).__enter__()
+        WeightQuantizer(model).quantize(quantize)
 
     def answer(requests: Sequence[Request]) -> list[str]:
         texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages, _ in requests]

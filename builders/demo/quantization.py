@@ -54,6 +54,13 @@ class WeightQuantizer:
         shaped += [piece.view(w.mT.shape).mT for piece, w in zip(last, self.transposed, strict=True)]
         torch._foreach_copy_(everything, shaped)
 
+    def quantize(self, mode: str) -> torch.Tensor:
+        """Round the weights to ``mode`` for good; return the full ones, (n, 32)."""
+        with torch.no_grad():
+            full = self._blocks()
+            self._write(fake_quantize(full, mode))
+        return full
+
     @contextmanager
     def quantized(self, mode: str | None) -> Iterator[None]:
         """Inside, the weights hold their values in ``mode``; afterwards the full ones again.
@@ -63,9 +70,7 @@ class WeightQuantizer:
         if mode is None:
             yield
             return
-        with torch.no_grad():
-            full = self._blocks()
-            self._write(fake_quantize(full, mode))
+        full = self.quantize(mode)
         try:
             yield
         finally:
