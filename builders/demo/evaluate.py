@@ -151,20 +151,29 @@ def evaluate(answer_fn: AnswerFn, n: int, seed: int = 0, progress: bool = True) 
     return evaluate_batches(lambda requests: [answer_fn(*asked) for asked in requests], n, seed, 1, progress)
 
 
+def load_transformers(checkpoint: Path, device: str = "cpu", quantize: str | None = None) -> Any:
+    """The model of ``checkpoint`` in float32, its weights first rounded where ``quantize`` names one of `MODES`."""
+    import torch
+    from transformers import Gemma3ForConditionalGeneration
+
+    from builders.demo.quantization import WeightQuantizer
+
+    model = Gemma3ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
+    if quantize is not None:
+        WeightQuantizer(model).quantize(quantize)
+    return model
+
+
 def transformers_answerer(checkpoint: Path, device: str = "cpu", quantize: str | None = None) -> BatchAnswerFn:
     """A greedy batched answerer: the bfloat16 weights of ``checkpoint`` run in float32 by transformers on ``device``.
 
     ``quantize`` rounds the weights first, to one of `quantization.MODES`.
     """
     import torch
-    from transformers import AutoProcessor, Gemma3ForConditionalGeneration
-
-    from builders.demo.quantization import WeightQuantizer
+    from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(checkpoint)
-    model = Gemma3ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
-    if quantize is not None:
-        WeightQuantizer(model).quantize(quantize)
+    model = load_transformers(checkpoint, device, quantize)
 
     def answer(requests: Sequence[Request]) -> list[str]:
         texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages, _ in requests]

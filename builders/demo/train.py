@@ -61,7 +61,7 @@ class Trainer:
         self.head = CellHead(self.model.config.text_config.hidden_size).to(self.device)
         self.network = PackedNetwork(self.model, Compiled(options.compile))
         self.quantizer = WeightQuantizer(self.model)
-        self.step, self.progress, self.seconds = 0, 0.0, 0.0
+        self.step, self.seconds = 0, 0.0
         self.stop = False
         self.names = {name for name, _ in self.model.named_parameters()}
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -70,6 +70,13 @@ class Trainer:
         if options.resume:
             self.load()
         self.validation: list[Batch] = []
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, by steps or by minutes, whichever is further."""
+        by_steps = self.step / self.options.steps if self.options.steps else 0.0
+        by_time = self.seconds / (60 * self.options.minutes) if self.options.minutes else 0.0
+        return max(by_steps, by_time)
 
     @property
     def pictures_only(self) -> bool:
@@ -92,7 +99,7 @@ class Trainer:
         self.head.load_state_dict(state["head"])
         if self.options.restart:
             return
-        self.step, self.progress, self.seconds = state["step"], state["progress"], state["seconds"]
+        self.step, self.seconds = state["step"], state["seconds"]
         self.choose_parameters()
         self.warm_from = state["warm_from"]
         if self.seeing == state["seeing"]:
@@ -108,7 +115,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "head": self.head.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step, "progress": self.progress, "seconds": self.seconds,
+            "step": self.step, "seconds": self.seconds,
             "seeing": self.seeing, "warm_from": self.warm_from,
         }  # fmt: skip
         torch.save(state, self.out / (STATE + ".new"))
@@ -152,9 +159,6 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        by_steps = self.step / options.steps if options.steps else 0.0
-        by_time = self.seconds / (60 * options.minutes) if options.minutes else 0.0
-        self.progress = max(by_steps, by_time)
         return report
 
     def _combine(self, seconds: float) -> None:
