@@ -11,14 +11,12 @@ import sys
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import ml_dtypes
 import numpy as np
 
 from builders.checkpoint import Checkpoint, open_checkpoint
 from builders.model_config import TextConfig
 
-FILE_TYPES = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
 PLAIN = "bf16"
 _LINEAR = {
     "self_attn.q_proj": "attn_q",
@@ -80,8 +78,11 @@ def _write_metadata(writer: gguf.GGUFWriter, text: TextConfig) -> None:
 
 def quantize(source: Path, path: Path, name: str, threads: int) -> None:
     """Every matrix in one type, embedding and head included ("pure"), by llama.cpp's own quantizer."""
+    import llama_cpp
+
+    types = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.pure, settings.nthread = FILE_TYPES[name], True, threads
+    settings.ftype, settings.pure, settings.nthread = types[name], True, threads
     status = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(settings))
     if status:
         raise RuntimeError(f"llama.cpp could not quantize {source} to {name}: {status}")
