@@ -18,6 +18,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -232,9 +233,9 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step or minute, or to Ctrl-C; save now and then and in any case at the end."""
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "stop", True))
         columns = (TextColumn("step {task.fields[step]}"), BarColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), disable=self.rank > 0) as bar:
+        progress = Progress(*columns, console=Console(stderr=True), disable=self.rank > 0)
+        with _interrupts(lambda *_: setattr(self, "stop", True)), progress as bar:
             task = bar.add_task("training", total=1.0, step=self.step)
             self._train(lambda: bar.update(task, completed=self.progress, step=self.step))
         self.save()
@@ -263,6 +264,16 @@ class Trainer:
     def _say(self, line: str) -> None:
         if self.rank == 0:
             print(line, flush=True)
+
+
+@contextmanager
+def _interrupts(handler: Callable[..., object] | signal.Handlers) -> Iterator[None]:
+    """Ctrl-C goes to ``handler``, and afterwards to whom it went before."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _lower_priority(_: int) -> None:
@@ -333,8 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.processes == 1:
         _process(0, options, "")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with tempfile.TemporaryDirectory() as folder, _interrupts(signal.SIG_IGN):
         torch.multiprocessing.spawn(_process, (options, f"{folder}/meeting"), options.processes)
 
 

@@ -1,5 +1,6 @@
 """The trainer runs to its end on a CPU, saves, and goes on from what it saved."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,10 @@ def test_weights_come_back_whole_after_a_rounded_step() -> None:
             inside = model.state_dict()["model.language_model.layers.0.mlp.up_proj.weight"].clone()
         assert not torch.equal(inside, before["model.language_model.layers.0.mlp.up_proj.weight"])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_ctrl_c_goes_back_to_whom_it_went_before() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with train._interrupts(signal.SIG_IGN):
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == before
