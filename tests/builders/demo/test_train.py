@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from builders.demo.quantization import MODES, WeightQuantizer, fake_quantize
-from builders.demo.train import STATE, main, parse, rate_share
+from builders.demo.train import STATE, _interrupts, main, parse, rate_share
 
 TINY = [
     "--picture-steps", "1", "--rows", "2", "--length", "160", "--pictures", "4", "--layers", "6", "--workers", "0",
@@ -79,6 +79,6 @@ def test_weights_come_back_whole_after_a_rounded_step() -> None:
 
 def test_ctrl_c_goes_back_to_whom_it_went_before() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with train._interrupts(signal.SIG_IGN):
+    with _interrupts(signal.SIG_IGN):
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     assert signal.getsignal(signal.SIGINT) == before
