@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -181,6 +182,8 @@ class Terminal:
         deadline = time.monotonic() + 20
         while text not in self.shown[after:]:
             assert time.monotonic() < deadline, self.shown
+            if not select.select([self._master], [], [], 1)[0]:
+                continue
             try:
                 self.shown += os.read(self._master, 4096).decode(errors="replace")
             except OSError:  # the other end has gone
@@ -220,6 +223,7 @@ def test_a_person_can_talk_stop_an_answer_and_leave(tmp_path: Path, picture: Pat
             terminal.type("again\n")
             at = terminal.expect("again turns=3 pictures=1", at)
             at = terminal.expect("> ", at)
+            time.sleep(0.5)  # the prompt is shown a moment before the line is read
             terminal.process.send_signal(signal.SIGINT)
             terminal.expect("> ", at)
             terminal.type("\x04")

@@ -13,8 +13,9 @@ from python_backends.contract import IMAGE_PROCESSOR, TOKENIZER
 from tests.paths import DEMO_CHECKPOINT
 
 VOCAB_SIZE = 1024
-TOKENS_PER_IMAGE = 64
-IMAGE_SIZE = 128
+_CONFIG = json.loads((DEMO_CHECKPOINT / "config.json").read_text(encoding="utf-8"))
+TOKENS_PER_IMAGE: int = _CONFIG["mm_tokens_per_image"]
+IMAGE_SIZE: int = _CONFIG["vision_config"]["image_size"]
 CONTEXT = 8192
 IMAGE = manifest.ImageShape(IMAGE_SIZE, TOKENS_PER_IMAGE, image_token_id=1023, boi_token_id=7, eoi_token_id=8)
 
@@ -36,7 +37,7 @@ def write_repository(
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
-        sliding_window=64,
+        sliding_window=_CONFIG["text_config"]["sliding_window"],
         layer_types=("local",) * 12,
         max_context_length=CONTEXT,
         eos_token_ids=(1, 6),
