@@ -1,4 +1,4 @@
-"""`wicore bench engine | serve | peers` run to the end on a tiny random model; times are nobody's business here."""
+"""`wicore bench engine | serve` run to the end on a tiny random model; times are nobody's business here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from builders.build import Options, build
 from builders.quantize import Precision
 from builders.random_checkpoint import make_checkpoint
-from client.bench.peers.compare import cosine, label, read_label
 from client.bench.prompts import Prompts
 from client.commands.app import app
 from python_backends.errors import BuildError
@@ -86,17 +85,6 @@ def test_bench_serve_compares_triton_with_the_engine(repository: Path, folder: P
     assert ElementTree.parse(plot).getroot().tag.endswith("svg")
 
 
-def test_bench_peers_agrees_with_transformers_where_nothing_is_quantized(checkpoint: Path, folder: Path) -> None:
-    options = ["--ours", "fp32", "--without", "llama.cpp", *SMALL, "--repeats", "1", "--tools", str(folder / "tools")]
-    found: dict[str, Any] = json.loads(run("bench", "peers", str(checkpoint), *options, "--json"))
-    ours, theirs = found["engines"]
-    assert (ours["engine"], theirs["engine"]) == ("wicore fp32", "transformers bf16")
-    assert ours["cosine"] > 0.99999
-    assert theirs["cosine"] > 0.99
-    assert all(one["peak_memory_bytes"] > 10**7 for one in found["engines"])
-    assert all(speed > 0 for one in found["engines"] for speed in one["decode_tokens_per_s"].values())
-
-
 def test_prompts_have_the_length_that_was_asked_for_and_differ(repository: Path) -> None:
     prompts = Prompts(repository, seed=1)
     jobs = [prompts.job(length, 4) for length in (20, 20, 64, 700)]
@@ -107,25 +95,6 @@ def test_prompts_have_the_length_that_was_asked_for_and_differ(repository: Path)
 def test_a_prompt_shorter_than_the_template_is_refused(repository: Path) -> None:
     with pytest.raises(BuildError, match="template"):
         Prompts(repository, seed=1).job(3, 4)
-
-
-@pytest.mark.parametrize("text", ["int4:32", "int8:128", "int4:64:asymmetric", "fp32", "int4:0"])
-def test_precisions_are_read_as_they_are_written(text: str) -> None:
-    assert label(read_label(text)) == text
-
-
-@pytest.mark.parametrize("text", ["int5", "int4:big", "int4:32:odd", "int4:33"])
-def test_what_is_no_precision_is_refused(text: str) -> None:
-    with pytest.raises(BuildError):
-        read_label(text)
-
-
-def test_cosine_is_a_mean_over_positions() -> None:
-    import numpy as np
-
-    rows = np.array([[1, 0], [1, 1]], np.float32)
-    assert cosine(rows, np.array([[1, 0], [1, -1]], np.float32)) == pytest.approx(0.5)
-    assert cosine(rows, 3 * rows) == pytest.approx(1)
 
 
 def test_random_checkpoint_command_tells_what_it_wrote(tmp_path: Path) -> None:

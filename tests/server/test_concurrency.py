@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +20,16 @@ def statistics(server: Server, model: str) -> dict[str, Any]:
     with urllib.request.urlopen(f"{server.addresses.http}/v2/models/{model}/stats") as response:
         found: dict[str, Any] = json.load(response)["model_stats"][0]
     return found
+
+
+def looked_up(server: Server, before: dict[str, Any]) -> tuple[int, int]:
+    """(hits, misses) of the response cache since ``before``."""
+    after = statistics(server, contract.VISION_ENCODER)["inference_stats"]
+    known = before["inference_stats"]
+    hits, misses = (
+        int(after[name].get("count", 0)) - int(known[name].get("count", 0)) for name in ("cache_hit", "cache_miss")
+    )
+    return hits, misses
 
 
 def picture(number: int) -> Image.Image:
@@ -45,13 +56,11 @@ def test_text_never_reaches_the_vision_encoder_and_images_are_batched_and_cached
         images = pool.map(lambda number: client.generate("What?", images=[picture(number)], max_tokens=1), asked)
         texts = pool.map(lambda number: client.generate(f"Hi {number}", max_tokens=1), range(48))
         assert len([*images, *texts]) == 96
-    after = statistics(server, contract.VISION_ENCODER)
-    hits = after["inference_stats"]["cache_hit"].get("count", 0) - before["inference_stats"]["cache_hit"].get(
-        "count", 0
-    )
-    misses = after["inference_stats"]["cache_miss"].get("count", 0) - before["inference_stats"]["cache_miss"].get(
-        "count", 0
-    )
+    # Triton counts a request a moment after it was answered.
+    deadline = time.monotonic() + 10
+    while (counted := looked_up(server, before))[0] + counted[1] < 48 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    hits, misses = counted
     assert hits + misses == 48, "one request per image"
     assert hits > 0
 
