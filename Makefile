@@ -35,7 +35,7 @@ test: check
 	$(BIN)/pytest -m "not soak"
 
 soak: .venv/test.stamp
-	$(BIN)/pytest -m soak --timeout 7200
+	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "soak or hypothesis" --timeout 7200
 
 .venv/python.stamp:
 	@test -n "$(PYTHON)" || { echo "No Python found. Install Python 3.11 or 3.12, or name one: make PYTHON=/path/to/python3"; exit 1; }

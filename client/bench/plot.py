@@ -11,6 +11,8 @@ WIDTH, HEIGHT = 860, 420
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 44, 54
 COLOURS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8a5fb0")
 TICKS = 6
+SMALLEST = 1e-9
+"""An axis whose largest value is below it is drawn as if it were empty."""
 
 Points = Sequence[tuple[float, float]]
 
@@ -105,7 +107,7 @@ def _text(x: float, y: float, text: str, *, anchor: str = "middle", size: int = 
 
 def _rounded_up(value: float) -> float:
     """The next number that divides into ticks well."""
-    if value <= 0:
+    if value < SMALLEST:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1.2, 1.8, 2.4, 3, 3.6, 4.8, 6, 7.2, 9, 12) if step * power >= value)
