@@ -86,7 +86,9 @@ def write_random_checkpoint(folder: Path, config: dict[str, Any], shard_bytes: i
     """
     folder.mkdir(parents=True)
     _write_json(folder / "config.json", config)
-    shapes = {published_name(name): shape for name, shape in expected_shapes(read_model_config(folder)).items()}
+    model = read_model_config(folder)
+    multimodal = model.vision is not None
+    shapes = {published_name(name, multimodal=multimodal): shape for name, shape in expected_shapes(model).items()}
     shards = list(_shards(shapes, shard_bytes))
     block = (np.random.default_rng(0).standard_normal(BLOCK) * STANDARD_DEVIATION).astype(ml_dtypes.bfloat16)
     where = {}
@@ -99,12 +101,13 @@ def write_random_checkpoint(folder: Path, config: dict[str, Any], shard_bytes: i
     return total
 
 
-def published_name(name: str) -> str:
-    """The name of a canonical tensor in published multimodal checkpoints."""
+def published_name(name: str, *, multimodal: bool) -> str:
+    """The name of a canonical tensor in published checkpoints; others would load only part of them, and say little."""
     for canonical, published in (("vision.", "vision_tower.vision_model."), ("projector.", "multi_modal_projector.")):
         if name.startswith(canonical):
             return published + name.removeprefix(canonical)
-    return "language_model.model." + name
+    inner = name if name.startswith("lm_head.") else f"model.{name}"
+    return f"language_model.{inner}" if multimodal else inner
 
 
 def write_random_tokenizer(folder: Path) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import Tokenizer
+from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from builders.checkpoint import expected_shapes, open_checkpoint
 from builders.model_config import read_model_config
@@ -19,6 +21,7 @@ from builders.random_checkpoint import (
     WORDS_FROM,
     make_checkpoint,
     shape_config,
+    write_random_checkpoint,
     write_random_tokenizer,
 )
 from python_backends.errors import BuildError
@@ -42,6 +45,22 @@ def test_every_tensor_is_there_and_no_two_rows_of_the_embedding_are_alike(tiny: 
     embedding = checkpoint.tensor("embed_tokens.weight").read()
     assert len(np.unique(embedding, axis=0)) == len(embedding)
     assert 0.019 < float(embedding.std()) < 0.021
+
+
+@pytest.mark.parametrize("shape", ["tiny", "multimodal"])
+def test_transformers_finds_every_weight_under_its_published_name(shape: str, tiny: Path, tmp_path: Path) -> None:
+    folder, model = tiny, Gemma3ForCausalLM
+    if shape == "multimodal":
+        folder, model = tmp_path / "multimodal", Gemma3ForConditionalGeneration
+        config = shape_config("4b", 1)
+        text = {**config["text_config"], "hidden_size": 64, "intermediate_size": 64, "vocab_size": 1024}
+        vision = {**config["vision_config"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+        ids = {"boi_token_index": 1021, "eoi_token_index": 1022, "image_token_index": 1023}
+        write_random_checkpoint(folder, {**config, **ids, "text_config": text, "vision_config": vision})
+    loaded, report = model.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values())
+    ours = open_checkpoint(folder).tensor("embed_tokens.weight").read()
+    assert np.array_equal(loaded.get_input_embeddings().weight.detach().numpy(), ours)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
