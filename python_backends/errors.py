@@ -147,6 +147,43 @@ class BuildError(WiCoreError):
     code = "build"
 
 
+class TierError(WiCoreError):
+    """A tier of the KV cache did not do what was asked; the cache goes on without, nothing of it reaches a client.
+
+    ``reason`` is one word for the counters.
+    """
+
+    code = "tier"
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class TierFullError(TierError):
+    """No room for an entry: "room", "disk" (the file system is full or at its floor), "budget" (written enough)."""
+
+    code = "tier_full"
+
+
+class TierIoError(TierError):
+    """The medium failed: "io", "paused" (left alone after repeated failures), "closed"."""
+
+    code = "tier_io"
+
+
+class EntryLostError(TierError):
+    """An entry cannot be read back, so it is recomputed: "missing", "short", "checksum", "identity", "io", "late"…"""
+
+    code = "entry_lost"
+
+
+class TierLockedError(TierError):
+    """Another server uses the folder."""
+
+    code = "tier_locked"
+
+
 class ServerStartError(WiCoreError):
     """tritonserver could not be started or did not become ready."""
 
