@@ -124,8 +124,11 @@ class TritonPythonModel:
 
     def _command(self, request: Any, answer: Answer) -> None:
         command = _word(request, "command")
+        if command == "stats":
+            answer.send(Piece(json.dumps(self._engine.snapshot()), finish_reason="stop"))
+            return
         if command != "stop":
-            raise InvalidParameterError(f"unknown command {command!r}; this version knows 'stop'")
+            raise InvalidParameterError(f"unknown command {command!r}; this version knows 'stop' and 'stats'")
         found = self._engine.stop(_word(request, "request_id"))
         answer.send(Piece("", finish_reason="stop" if found else "not_found"))
 

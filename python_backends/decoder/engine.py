@@ -147,6 +147,18 @@ class Engine:
         with self._changed:
             return not self._sequences and not self._scheduler.running and not self._scheduler.waiting
 
+    def snapshot(self) -> dict[str, object]:
+        """What is here now, and totals since the start; JSON-ready."""
+        with self._changed:
+            now = {
+                "running": len(self._scheduler.running),
+                "decoding": self._scheduler.decoding,
+                "waiting": len(self._scheduler.waiting),
+                "sequences": len(self._sequences),
+            }
+        slots = {"slots": self.spec.num_slots, "max_context_length": self.spec.max_context_length}
+        return {**now, **slots, "totals": self.stats.read(), "queue_times": self.stats.queue_times()}
+
     def check_integrity(self) -> None:
         """Raise AssertionError where an invariant does not hold."""
         with self._changed:
@@ -171,8 +183,17 @@ class Engine:
                     return None
                 step = self._scheduler.schedule(self._budget.tokens(self._scheduler.decoding))
                 if step is not None:
+                    self._count_waits(step)
                     return step
                 self._changed.wait(IDLE_WAIT_S if self._sequences else None)
+
+    def _count_waits(self, step: Step) -> None:
+        """Note how long sequences that have their first step now were in the queue."""
+        if step.kind == "prefill":
+            for sequence in (self._sequences[row.sequence_id] for row in step.rows):
+                if not sequence.begun:
+                    sequence.begun = True
+                    self.stats.waited(self._clock() - sequence.submitted_s)
 
     def _run(self, step: Step) -> StepOutputs | WiCoreError:
         try:
@@ -244,6 +265,7 @@ class Engine:
             deadline_s=now + parameters.deadline_ms / 1000,
             tokens=list(request.input_ids),
             seed=seed,
+            submitted_s=now,
             adjustments=adjustments,
             matcher=request.grammar.matcher() if request.grammar else None,
             lookup=PromptLookup(request.input_ids) if drafts else None,

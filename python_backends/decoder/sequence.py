@@ -118,6 +118,7 @@ class ActiveSequence:
     tokens: list[int]
     """Prompt and answer so far."""
     seed: int
+    submitted_s: float
     adjustments: Adjustments | None
     matcher: Matcher | None
     lookup: PromptLookup | None
@@ -129,6 +130,8 @@ class ActiveSequence:
     """The KV while the sequence is set aside, or before a shared beginning is put into its slot."""
     cancelled: bool = False
     """Set by the thread that watches callers."""
+    begun: bool = False
+    """Had its first step."""
     stopped: bool = False
     """Set by the answer writer when a stop string was found."""
     prompt_parts: list[PromptLogprobs] = field(default_factory=list)

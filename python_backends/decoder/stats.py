@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import threading
 from dataclasses import asdict, dataclass
+
+QUEUE_BOUNDS_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Upper bounds of the queue-time histogram's buckets, seconds; a last one has no bound."""
 
 
 @dataclass
@@ -31,6 +35,8 @@ class Stats:
 
     def __init__(self) -> None:
         self._counts = Counts()
+        self._queued = [0] * (len(QUEUE_BOUNDS_S) + 1)
+        self._queued_s = 0.0
         self._lock = threading.Lock()
 
     def observe(self, kind: str, useful: int, computed: int, seconds: float) -> None:
@@ -58,6 +64,19 @@ class Stats:
             self._counts.drawn_tokens += drawn
             self._counts.drafted_tokens += drafted
             self._counts.accepted_tokens += accepted
+
+    def waited(self, seconds: float) -> None:
+        """A sequence had its first step so long after it was submitted."""
+        with self._lock:
+            self._queued[bisect.bisect_left(QUEUE_BOUNDS_S, seconds)] += 1
+            self._queued_s += seconds
+
+    def queue_times(self) -> dict[str, object]:
+        """Histogram of `waited` as Prometheus has it: cumulative counts by upper bound (s), and their sum (s)."""
+        with self._lock:
+            counts, total = list(self._queued), self._queued_s
+        cumulative = [sum(counts[: place + 1]) for place in range(len(counts))]
+        return {"bounds_s": list(QUEUE_BOUNDS_S), "counts": cumulative, "sum_s": total}
 
     def read(self) -> dict[str, float]:
         """The totals, and the share of computed tokens that was padding or rejected draft."""

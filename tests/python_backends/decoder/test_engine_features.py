@@ -1,6 +1,7 @@
 """Every request feature over a real decoder: what a sequence gets is what it would have got alone, drawn plainly."""
 
 import collections
+import time
 
 import numpy as np
 import pytest
@@ -33,6 +34,13 @@ def open_engine(tokenizer):
     for engine in engines:
         engine.check_integrity()
         engine.close()
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def repeating(seed, length=60):
@@ -165,3 +173,21 @@ def test_drawn_tokens_follow_the_models_distribution_with_drafts_as_without(open
         counts.append(collections.Counter(tuple(caller.wait().tokens) for caller in callers))
     assert counts[0] == counts[1], "same seeds, same answers"
     assert len(counts[0]) > 3
+
+
+def test_the_snapshot_counts_who_is_here_and_how_long_they_waited(open_engine):
+    engine = open_engine(slots=2)
+    callers = [Caller(prompt(seed, 12), max_tokens=400).to(engine) for seed in range(3)]
+    wait_until(lambda: len(callers[0].tokens) >= 3)
+    during = engine.snapshot()
+    assert (during["running"], during["waiting"], during["slots"]) == (2, 1, 2)
+    for caller in callers:
+        caller.wait()
+    wait_until(lambda: engine.idle)
+    after = engine.snapshot()
+    assert (after["running"], after["waiting"], after["sequences"]) == (0, 0, 0)
+    assert after["totals"]["drawn_tokens"] >= 3
+    waits = after["queue_times"]
+    assert waits["counts"][-1] == 3
+    assert waits["counts"] == sorted(waits["counts"])
+    assert waits["sum_s"] > 0
