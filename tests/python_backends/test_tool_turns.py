@@ -297,13 +297,14 @@ def test_a_schema_of_great_depth_is_refused(depth: int) -> None:
 
 
 def test_arguments_of_any_depth_are_used_or_refused() -> None:
+    depths = [10, *range(900, 1000, 3), 100_000]  # the limit is the interpreter's own, and differs between versions
     used = []
-    for depth in range(900, 1000, 3):  # around the interpreter's own limit
+    for depth in depths:
         with suppress(errors.InvalidMessagesError):
             ids([QUESTION, calls(("1", "now", nested(depth))), result("1")])
             used.append(depth)
-    assert used == list(range(900, 900 + 3 * len(used), 3))
-    assert len(used) < 33
+    assert used == depths[: len(used)]
+    assert 1 <= len(used) < len(depths)
 
 
 def test_a_prompt_that_is_taken_as_it_is_cannot_be_given_functions() -> None:
