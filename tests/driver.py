@@ -56,6 +56,7 @@ def decoder(
     num_slots: int = 4,
     context: int = 512,
     accuracy_level: int = 4,
+    block_tokens: int = 64,
 ) -> OnnxRuntimeDecoder:
     return OnnxRuntimeDecoder(
         artefacts(checkpoint, precision, accuracy_level),
@@ -64,6 +65,7 @@ def decoder(
         max_context_length=context,
         memory_limit=2**30,
         num_threads=2,
+        block_tokens=block_tokens,
     )
 
 

@@ -58,6 +58,9 @@ class ContribAttention:
 
     Reads the graph inputs ``past_len`` and ``query_len`` [B], and with ``images`` also ``image_index`` and
     ``image_group`` [B, S]. Local layers use window-sized caches in GroupQueryAttention's documented layout.
+
+    One global layer, the middle one, also says which blocks of the context its last query looked at: the output
+    ``block_attention``, computed only in steps whose input ``attention_block`` is not 0.
     """
 
     def __init__(self, graph: GraphWriter, config: TextConfig, *, images: bool, cache_dtype: int) -> None:
@@ -73,6 +76,8 @@ class ContribAttention:
         longest = graph.op("Max", graph.op("ReduceMax", length, keepdims=1), chunk)
         self._bound = graph.op("Squeeze", longest)
         self._images = self._image_context(chunk) if images else None
+        global_layers = [layer for layer, kind in enumerate(config.layer_types) if kind == "global"]
+        self._observed = global_layers[len(global_layers) // 2]
 
     def apply(self, query: Value, key: Value, value: Value, layer: int) -> Value:
         """One layer's attention: query [B, S, heads·head_dim], key and value [B, S, kv_heads·head_dim] → as query.
@@ -106,12 +111,48 @@ class ContribAttention:
         )
         if self._cache_dtype != TensorProto.FLOAT:
             output = self._graph.cast(output, TensorProto.FLOAT)
+        if layer == self._observed:
+            self._block_attention(query, cache.present_key)
         if self._images is None or explicit is None:
             return output
         return self._graph.op("Where", self._images.is_image, explicit, output)
 
     def _as_cache(self, value: Value) -> Value:
         return value if self._cache_dtype == TensorProto.FLOAT else self._graph.cast(value, self._cache_dtype)
+
+    def _block_attention(self, query: Value, present_key: Value) -> None:
+        """The output [B, blocks]: what the row's last query gives each block, summed over keys, averaged over heads.
+
+        That query sees every key before it, also where it ends an image.
+        """
+        graph, config = self._graph, self._config
+        one, zero = graph.constant(1, np.int32), graph.constant(0, np.int32)
+        block = graph.input("attention_block", TensorProto.INT64, [1])
+
+        def masses(branch: GraphWriter) -> list[Value]:
+            total = branch.op("Max", branch.op("Add", "past_len", "query_len"), one)
+            longest = branch.cast(branch.op("ReduceMax", total, keepdims=1), TensorProto.INT64)
+            last = branch.op("Max", branch.op("Sub", "query_len", one), zero)
+            row = branch.op("GatherND", query, _column(branch, branch.cast(last, TensorProto.INT64)), batch_dims=1)
+            grouped = branch.reshape(row, branch.ints(0, config.num_kv_heads, -1, config.head_dim))
+            keys = branch.op("Slice", present_key, branch.ints(0), longest, branch.ints(2))
+            if self._cache_dtype != TensorProto.FLOAT:
+                keys = branch.cast(keys, TensorProto.FLOAT)
+            # Keys first: the queries are the small ones to transpose.
+            scores = branch.op("MatMul", keys, branch.op("Transpose", grouped, perm=[0, 1, 3, 2]))
+            columns = branch.op("Range", zero, branch.op("Squeeze", branch.cast(longest, TensorProto.INT32)), one)
+            seen = branch.op("Unsqueeze", branch.op("Less", columns, _column(branch, total)), branch.ints(1, 3))
+            lowest = branch.constant(np.finfo(np.float32).min, np.float32)
+            shares = branch.op("Softmax", branch.op("Where", seen, scores, lowest), axis=2)
+            by_key = branch.op("ReduceMean", shares, branch.ints(1, 3), keepdims=0)
+            return [_sums(branch, by_key, longest, block)]
+
+        def nothing(branch: GraphWriter) -> list[Value]:
+            return [branch.constant(np.zeros((1, 0)), np.float32)]
+
+        wanted = graph.op("Squeeze", graph.cast(block, TensorProto.BOOL))
+        graph.branch(wanted, masses, nothing, outputs=["block_attention"])
+        graph.output("block_attention", TensorProto.FLOAT, ["B", "blocks"])
 
     # --- images -----------------------------------------------------------------------------------------------
 
@@ -244,6 +285,15 @@ class ContribAttention:
 
         nothing = graph.op("Slice", query, *_span(graph, 0, 0, 1))
         return graph.loop(graph.op("Squeeze", steps), nothing, attend, TensorProto.FLOAT)
+
+
+def _sums(graph: GraphWriter, values: Value, length: Value, block: Value) -> Value:
+    """[B, T] → [B, ceil(T / block)]: sums of ``block`` neighbours; ``length`` is T, both int64 [1]."""
+    missing = graph.op("Mod", graph.op("Sub", block, graph.op("Mod", length, block)), block)
+    padding = graph.op("Concat", graph.ints(0, 0, 0), missing, axis=0)
+    padded = graph.op("Pad", values, padding, graph.constant(0, np.float32))
+    shape = graph.op("Concat", graph.ints(0, -1), block, axis=0)
+    return graph.op("ReduceSum", graph.reshape(padded, shape), graph.ints(2), keepdims=0)
 
 
 def _span(graph: GraphWriter, start: int, stop: int, axis: int) -> tuple[Value, Value, Value]:

@@ -7,6 +7,7 @@ wanted, M image embeddings, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +34,37 @@ class DecoderSpec:
     tokens_per_image: int
     """Embeddings of one image; 0 in a text-only model."""
     eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """Sizes of the KV that leaves a slot in pieces: blocks and tails, each one contiguous buffer of bytes.
+
+    A block is ``block_tokens`` consecutive tokens of every global layer. A tail at position T is what resuming there
+    needs beside the full blocks before it: the tokens of the partial block in every global layer, and the newest
+    min(T, window) tokens of every local layer. Only a runtime of the same ``identity`` reads what lies in them.
+    """
+
+    identity: str
+    """Differs wherever the bytes would mean something else: runtime, layout version, element type, model sizes."""
+    dtype: str
+    """Of one cache element, numpy's name."""
+    block_tokens: int
+    window: int
+    """Tokens that a local layer sees, the query's own included."""
+    global_bytes: int
+    """Of one token in all global layers together."""
+    local_bytes: int
+    """Of one token in all local layers together."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of a block."""
+        return self.block_tokens * self.global_bytes
+
+    def tail_bytes(self, length: int) -> int:
+        """Size of the tail at position ``length``."""
+        return length % self.block_tokens * self.global_bytes + min(length, self.window) * self.local_bytes
 
 
 class SlotState(Protocol):
@@ -94,6 +126,8 @@ class StepInputs:
     """[B, S] row of image_features that replaces the token's embedding, −1 for text."""
     image_group: Int32 | None = None
     """[B, S] equal non-negative numbers for the tokens of one image, which see each other both ways; −1 for text."""
+    attention_block: int = 0
+    """Tokens of a block whose attention mass is wanted; 0 for none."""
 
 
 @dataclass
@@ -110,6 +144,9 @@ class StepOutputs:
     """[B, R, top_n]"""
     logits: Float32 | None = None
     """[B, R, V], the model's own, only when asked for."""
+    block_attention: Float32 | None = None
+    """[B, blocks] share of its attention that the row's last token gave each block of ``attention_block`` tokens, in
+    one global layer, averaged over the heads; a row sums to 1. None where not asked for."""
 
 
 class DecoderRuntime(Protocol):
@@ -118,6 +155,11 @@ class DecoderRuntime(Protocol):
     @property
     def spec(self) -> DecoderSpec:
         """Sizes after clipping."""
+        ...
+
+    @property
+    def kv_layout(self) -> KvLayout:
+        """Sizes of blocks and tails."""
         ...
 
     def step(self, inputs: StepInputs, *, want_logits: bool = False) -> StepOutputs:
@@ -133,6 +175,24 @@ class DecoderRuntime(Protocol):
 
     def import_slot(self, slot: int, state: SlotState) -> None:
         """Put it back, into any slot. A state may be imported many times."""
+        ...
+
+    def export_block(self, slot: int, start: int, into: memoryview) -> None:
+        """Copy the block of the computed tokens from ``start`` on into ``kv_layout.block_bytes`` bytes."""
+        ...
+
+    def export_tail(self, slot: int, length: int, into: memoryview) -> None:
+        """Copy the tail at ``length``, the number of tokens computed, into ``kv_layout.tail_bytes(length)`` bytes."""
+        ...
+
+    def import_blocks(
+        self, slot: int, blocks: Sequence[memoryview], tail: memoryview, length: int, *, keep: int | None = None
+    ) -> None:
+        """Put ``length`` tokens into a slot: their full blocks from the first on, and the tail at ``length``.
+
+        The slot is then as if it had computed them, bit for bit where it matters. With ``keep`` one less than
+        ``length`` it is as if it had computed all but the last: a tail's window reaches that far back.
+        """
         ...
 
     def max_draft(self, past_len: int, wanted: int) -> int:

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from python_backends.errors import ArtifactError, InternalError
 from python_backends.manifest import ModelShape
-from python_backends.runtime.base import DecoderSpec, Float32, SlotState, StepInputs, StepOutputs, UInt8
+from python_backends.runtime.base import DecoderSpec, Float32, KvLayout, SlotState, StepInputs, StepOutputs, UInt8
 from python_backends.runtime.memory import plan_slots
-from python_backends.runtime.slots import SlotCaches, SlotCopy
+from python_backends.runtime.rows import join_rows, single_row
+from python_backends.runtime.slots import DEFAULT_BLOCK_TOKENS, SlotCaches, SlotCopy
 
 DECODER_FILE = "decoder.onnx"
 VISION_FILE = "vision_encoder.onnx"
@@ -29,7 +30,7 @@ VISION_FILE = "vision_encoder.onnx"
 _DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 _VARIABLE = (
     *("input_ids", "logit_positions", "uniform", "targets", "adjust_ids", "adjust_factor", "adjust_bias", "token_mask"),
-    *("next_token", "logprob", "top_ids", "top_logprobs"),
+    *("next_token", "logprob", "top_ids", "top_logprobs", "block_attention"),
 )
 """Inputs and outputs of several dimensions, none of which depends on the model."""
 _MAX_BINDINGS = 64
@@ -49,6 +50,7 @@ class OnnxRuntimeDecoder:
         max_context_length: tokens wanted per slot; clipped to the model's limit and the memory limit.
         memory_limit: bytes for KV caches.
         num_threads: compute threads; 0 takes every physical core.
+        block_tokens: tokens of a KV block (`KvLayout`).
 
     Raises:
         ArtifactError: the graph is missing, corrupt or of another model.
@@ -64,6 +66,7 @@ class OnnxRuntimeDecoder:
         max_context_length: int,
         memory_limit: int,
         num_threads: int = 0,
+        block_tokens: int = DEFAULT_BLOCK_TOKENS,
     ) -> None:
         self._session = _open(folder / DECODER_FILE, num_threads)
         inputs = {item.name: item for item in self._session.get_inputs()}
@@ -73,8 +76,8 @@ class OnnxRuntimeDecoder:
         plan = plan_slots(model, num_slots, max_context_length, memory_limit, dtype.itemsize)
         self._model = model
         self._takes_images = "image_index" in inputs
-        self._slots = SlotCaches(model, plan, dtype)
-        self._bindings: dict[tuple[int, int, bool, bool], Any] = {}
+        self._slots = SlotCaches(model, plan, dtype, block_tokens)
+        self._bindings: dict[tuple[int, ...], Any] = {}
         image = model.image
         self._spec = DecoderSpec(
             vocab_size=model.vocab_size,
@@ -97,6 +100,11 @@ class OnnxRuntimeDecoder:
         """Sizes after clipping."""
         return self._spec
 
+    @property
+    def kv_layout(self) -> KvLayout:
+        """See `DecoderRuntime.kv_layout`."""
+        return self._slots.layout
+
     def step(self, inputs: StepInputs, *, want_logits: bool = False) -> StepOutputs:
         """See `DecoderRuntime.step`.
 
@@ -109,7 +117,7 @@ class OnnxRuntimeDecoder:
         # context rows go one by one, unpadded.
         past = np.where(inputs.query_len > 0, inputs.past_len, 1)
         if int(past.max()) + length > self._spec.max_context_length:
-            return _joined([self._run(_row(inputs, row), want_logits) for row in range(rows)])
+            return join_rows([self._run(single_row(inputs, row), want_logits) for row in range(rows)])
         return self._run(inputs, want_logits)
 
     def export_slot(self, slot: int, length: int) -> SlotCopy:
@@ -129,6 +137,32 @@ class OnnxRuntimeDecoder:
         if not isinstance(state, SlotCopy):
             raise InternalError(f"a slot state of another runtime: {type(state).__name__}")
         self._slots.import_slot(slot, state)
+
+    def export_block(self, slot: int, start: int, into: memoryview) -> None:
+        """See `DecoderRuntime.export_block`.
+
+        Raises:
+            InternalError: no such slot or block, or a buffer of another size.
+        """
+        self._slots.export_block(slot, start, into)
+
+    def export_tail(self, slot: int, length: int, into: memoryview) -> None:
+        """See `DecoderRuntime.export_tail`.
+
+        Raises:
+            InternalError: no such slot, more tokens than one holds, or a buffer of another size.
+        """
+        self._slots.export_tail(slot, length, into)
+
+    def import_blocks(
+        self, slot: int, blocks: Sequence[memoryview], tail: memoryview, length: int, *, keep: int | None = None
+    ) -> None:
+        """See `DecoderRuntime.import_blocks`.
+
+        Raises:
+            InternalError: no such slot, or buffers that do not add up; the slot's tokens are undefined then.
+        """
+        self._slots.import_blocks(slot, blocks, tail, length, keep=keep)
 
     def max_draft(self, past_len: int, wanted: int) -> int:
         """See `DecoderRuntime.max_draft`."""
@@ -159,7 +193,8 @@ class OnnxRuntimeDecoder:
 
     def _run(self, inputs: StepInputs, want_logits: bool) -> StepOutputs:
         rows, wanted = inputs.logit_positions.shape
-        binding = self._binding(inputs.first_slot, rows, want_logits, inputs.top_n > 0)
+        block = inputs.attention_block
+        binding = self._binding(inputs.first_slot, rows, want_logits, inputs.top_n > 0, block > 0)
         arrays = self._feeds(inputs)  # referenced until the run is over: the binding holds addresses only
         for name, array in arrays.items():
             _bind(binding.bind_input, name, array)
@@ -169,6 +204,9 @@ class OnnxRuntimeDecoder:
         if inputs.top_n:
             outputs.top_ids = np.empty((rows, wanted, inputs.top_n), np.int32)
             outputs.top_logprobs = np.empty((rows, wanted, inputs.top_n), np.float32)
+        if block:
+            longest = max(1, int((inputs.past_len + inputs.query_len).max()))
+            outputs.block_attention = np.empty((rows, -(-longest // block)), np.float32)
         for field in dataclasses.fields(outputs):
             array = getattr(outputs, field.name)
             if array is not None:
@@ -199,6 +237,7 @@ class OnnxRuntimeDecoder:
         feeds["targets"] = np.full((rows, wanted), -1, np.int32) if targets is None else _int32(targets)
         feeds["token_mask"] = np.empty((rows, wanted, 0), np.int32) if mask is None else _int32(mask)
         feeds["top_n"] = np.array([inputs.top_n], np.int64)
+        feeds["attention_block"] = np.array([inputs.attention_block], np.int64)
         for name, dtype in (("ids", np.int32), ("factor", np.float32), ("bias", np.float32)):
             value = getattr(inputs, f"adjust_{name}")
             feeds[f"adjust_{name}"] = (
@@ -217,12 +256,13 @@ class OnnxRuntimeDecoder:
             feeds["image_group"] = text if group is None else np.ascontiguousarray(group, np.int32)
         return feeds
 
-    def _binding(self, first_slot: int, rows: int, want_logits: bool, want_top: bool) -> Any:
+    def _binding(self, first_slot: int, rows: int, *wanted: bool) -> Any:
         """A binding whose cache inputs and outputs are the same addresses: rows first_slot … of our buffers.
 
-        Steps that want other outputs have bindings of their own: what is bound once stays bound.
+        Steps that want other outputs (``wanted``: logits, most likely tokens, attention masses) have bindings of their
+        own: what is bound once stays bound.
         """
-        key = (first_slot, rows, want_logits, want_top)
+        key = (first_slot, rows, *wanted)
         if key not in self._bindings:
             if len(self._bindings) >= _MAX_BINDINGS:
                 del self._bindings[next(iter(self._bindings))]
@@ -323,29 +363,3 @@ def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
 
 def _int32(values: NDArray[Any]) -> NDArray[np.int32]:
     return np.ascontiguousarray(values, np.int32)
-
-
-_BY_TOKEN = {"input_ids", "image_index", "image_group"}
-_SHARED = {"first_slot", "top_n", "image_features"}
-
-
-def _row(inputs: StepInputs, row: int) -> StepInputs:
-    """One row of a step, its chunk cut to its valid tokens."""
-    part = slice(row, row + 1)
-    length = max(1, int(inputs.query_len[row]))
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(inputs):
-        value = getattr(inputs, field.name)
-        if value is not None and field.name not in _SHARED:
-            fields[field.name] = value[part, :length] if field.name in _BY_TOKEN else value[part]
-    fields["first_slot"] = inputs.first_slot + row
-    fields["logit_positions"] = np.minimum(inputs.logit_positions[part], length - 1)
-    return dataclasses.replace(inputs, **fields)
-
-
-def _joined(rows: Sequence[StepOutputs]) -> StepOutputs:
-    joined: dict[str, Any] = {}
-    for field in dataclasses.fields(StepOutputs):
-        parts = [getattr(row, field.name) for row in rows]
-        joined[field.name] = None if parts[0] is None else np.concatenate(parts)
-    return StepOutputs(**joined)

@@ -1,11 +1,16 @@
 """KV caches as slots: one buffer per layer, one row per sequence, and what may be taken out, put back or taken back.
 
+What is taken out is a whole slot, or blocks and tails (`KvLayout`). In the bytes of a block or tail the layers follow
+each other, keys before values, each [kv_heads, tokens, head_dim]; in a tail the global layers come first.
+
 Local layers hold a window in the layout that ONNX Runtime documents for GroupQueryAttention's ``sliding_window_cache``:
 after T tokens the first L(T) rows of a slot hold the L(T) newest tokens in order.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +19,12 @@ from numpy.typing import NDArray
 
 from python_backends.errors import InternalError
 from python_backends.manifest import ModelShape
+from python_backends.runtime.base import KvLayout
 from python_backends.runtime.memory import SlotPlan, lazy_zeros
+
+LAYOUT_VERSION = 1
+"""Raised whenever the bytes of a block or a tail change their meaning."""
+DEFAULT_BLOCK_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -35,9 +45,12 @@ class SlotCopy:
 class SlotCaches:
     """The buffers "key.i" and "value.i" [num_slots, kv_heads, capacity, head_dim] of every layer i."""
 
-    def __init__(self, model: ModelShape, plan: SlotPlan, dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, model: ModelShape, plan: SlotPlan, dtype: np.dtype[Any], block_tokens: int = DEFAULT_BLOCK_TOKENS
+    ) -> None:
         self._plan = plan
         self._window = model.sliding_window
+        self.layout = _layout(model, dtype, block_tokens)
         self.buffers: dict[str, NDArray[Any]] = {}
         self._local: dict[str, bool] = {}
         for layer, kind in enumerate(model.layer_types):
@@ -89,6 +102,76 @@ class SlotCaches:
         for name, target in targets.items():
             target[...] = state.rows[name]
 
+    def export_block(self, slot: int, start: int, into: memoryview) -> None:
+        """See `DecoderRuntime.export_block`.
+
+        Raises:
+            InternalError: no such slot or block, or a buffer of another size.
+        """
+        size = self.layout.block_tokens
+        self._check(slot, start + size)
+        _check_bytes(into, self.layout.block_bytes)
+        if start % size:
+            raise InternalError(f"a block does not start at token {start}")
+        parts = _Parts(into)
+        for cache in self._of_kind(local=False):
+            parts.take(cache, size)[...] = cache[slot, :, start : start + size]
+
+    def export_tail(self, slot: int, length: int, into: memoryview) -> None:
+        """See `DecoderRuntime.export_tail`.
+
+        Raises:
+            InternalError: no such slot, more tokens than one holds, or a buffer of another size.
+        """
+        self._check(slot, length)
+        _check_bytes(into, self.layout.tail_bytes(length))
+        parts = _Parts(into)
+        partial, resident = length % self.layout.block_tokens, length - self.evicted(length)
+        for cache in self._of_kind(local=False):
+            parts.take(cache, partial)[...] = cache[slot, :, length - partial : length]
+        for cache in self._of_kind(local=True):
+            seen = min(length, self._window)
+            parts.take(cache, seen)[...] = cache[slot, :, resident - seen : resident]
+
+    def import_blocks(
+        self, slot: int, blocks: Sequence[memoryview], tail: memoryview, length: int, *, keep: int | None = None
+    ) -> None:
+        """See `DecoderRuntime.import_blocks`.
+
+        Raises:
+            InternalError: no such slot, buffers that do not add up to ``length`` tokens, or a ``keep`` the tail cannot
+                serve. The slot's tokens are undefined then.
+        """
+        size, kept = self.layout.block_tokens, length if keep is None else keep
+        self._check(slot, length)
+        _check_bytes(tail, self.layout.tail_bytes(length))
+        if len(blocks) != length // size or not max(0, length - 1) <= kept <= length:
+            raise InternalError(f"{len(blocks)} blocks of {size} tokens for {kept} of {length} tokens")
+        for index, block in enumerate(blocks):
+            _check_bytes(block, self.layout.block_bytes)
+            parts = _Parts(block)
+            for cache in self._of_kind(local=False):
+                cache[slot, :, index * size : (index + 1) * size] = parts.take(cache, size)
+        parts = _Parts(tail)
+        for cache in self._of_kind(local=False):
+            cache[slot, :, length - length % size : length] = parts.take(cache, length % size)
+        for cache in self._of_kind(local=True):
+            self._import_window(cache[slot], parts.take(cache, min(length, self._window)), length, kept)
+
+    def _import_window(self, cache: NDArray[Any], window: NDArray[Any], length: int, kept: int) -> None:
+        """Put the newest tokens where ``kept`` computed ones would have left them.
+
+        The rows before hold tokens that no later query sees, but the operator multiplies them by a probability of zero:
+        they must be finite.
+        """
+        seen = window.shape[1] - (length - kept)
+        end = kept - self.evicted(kept)
+        cache[:, : end - seen] = 0
+        cache[:, end - seen : end] = window[:, :seen]
+
+    def _of_kind(self, *, local: bool) -> Iterator[NDArray[Any]]:
+        return (cache for name, cache in self.buffers.items() if self._local[name] == local)
+
     def _live(self, name: str, length: int) -> int:
         return length - self.evicted(length) if self._local[name] else length
 
@@ -98,3 +181,39 @@ class SlotCaches:
                 f"{length} tokens of slot {slot}; there are {self._plan.num_slots} slots "
                 f"of {self._plan.context_length} tokens"
             )
+
+
+class _Parts:
+    """Cuts the bytes of a block or a tail into the arrays that they are a sequence of."""
+
+    def __init__(self, payload: memoryview) -> None:
+        self._payload = payload
+        self._offset = 0
+
+    def take(self, cache: NDArray[Any], tokens: int) -> NDArray[Any]:
+        """The next one, [kv_heads, tokens, head_dim], shaped as rows of ``cache`` are."""
+        _, heads, _, size = cache.shape
+        count = heads * tokens * size
+        part = np.frombuffer(self._payload, cache.dtype, count, self._offset)
+        self._offset += part.nbytes
+        return part.reshape(heads, tokens, size)
+
+
+def _check_bytes(payload: memoryview, wanted: int) -> None:
+    if payload.nbytes != wanted:
+        raise InternalError(f"a buffer of {payload.nbytes} bytes; this block or tail has {wanted}")
+
+
+def _layout(model: ModelShape, dtype: np.dtype[Any], block_tokens: int) -> KvLayout:
+    row = 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+    num_local = sum(kind == "local" for kind in model.layer_types)
+    sizes = (model.layer_types, model.num_kv_heads, model.head_dim, model.sliding_window, dtype.name, block_tokens)
+    digest = hashlib.sha256(repr(sizes).encode()).hexdigest()
+    return KvLayout(
+        identity=f"slots-{LAYOUT_VERSION}-{digest}",
+        dtype=dtype.name,
+        block_tokens=block_tokens,
+        window=model.sliding_window,
+        global_bytes=row * (len(model.layer_types) - num_local),
+        local_bytes=row * num_local,
+    )

@@ -166,7 +166,7 @@ def test_the_last_token_of_the_context_can_be_computed_in_a_padded_batch():
 def test_past_and_present_are_bound_to_the_addresses_of_our_buffers(whole):
     runtime, _, _, _ = whole
     runtime.step(step_inputs(1, [[5], [6]], [0, 0]))
-    outputs = runtime._binding(1, 2, want_logits=False, want_top=False).get_outputs()
+    outputs = runtime._binding(1, 2, False, False, False).get_outputs()
     names = [item.name for item in runtime._session.get_outputs()]
     pointers = [value.data_ptr() for value in outputs]
     bound = set(pointers)
