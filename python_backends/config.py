@@ -12,7 +12,18 @@ from python_backends.errors import ConfigError
 
 CONFIG_NAME = "wicore.json"
 MAY_BE_ZERO = frozenset(
-    ("num_threads", "max_images", "max_queue", "max_draft", "quantum_tokens", "max_overtakes", "cpu_memory_gb")
+    (
+        "num_threads",
+        "max_images",
+        "max_queue",
+        "max_draft",
+        "quantum_tokens",
+        "max_overtakes",
+        "cpu_memory_gb",
+        "server_port",
+        "max_concurrent_requests",
+        "max_requests_per_minute",
+    )
 )
 
 
@@ -58,11 +69,21 @@ class Config:
     """Cut long images into crops as the Gemma-3 processor can (arXiv 2503.19786, section 2.1)."""
     num_threads: int = 0
     """Compute threads of the decoder; 0 takes every physical core."""
+    server_port: int = 8080
+    """The gateway's HTTP port; 0 picks a free one."""
+    max_body_bytes: int = 64 * 2**20
+    """Bytes of one request's body at the gateway; pictures in base64 take a third more than as files."""
+    max_concurrent_requests: int = 0
+    """Requests of one API key (or of everyone, where there are no keys) in flight at the gateway; 0: no limit."""
+    max_requests_per_minute: int = 0
+    """Requests of one API key (or of everyone) in a minute; 0: no limit."""
+    image_hosts: str = ""
+    """Hosts that the gateway may fetch pictures from, separated by commas; none: addresses are refused."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool):
+            if isinstance(value, bool | str):
                 continue
             low = 0 if field.name in MAY_BE_ZERO else 1
             if value < low:

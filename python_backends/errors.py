@@ -98,7 +98,43 @@ class UnsupportedFeatureError(InvalidRequestError):
 
     code = "unsupported"
     triton_code = "UNSUPPORTED"
-    http_status = 501
+    http_status = 400
+    """Not 501: clients send a request again after a status from 500 on, and this one can never succeed."""
+
+
+class RequestTooLargeError(InvalidRequestError):
+    """More bytes than the gateway takes."""
+
+    code = "request_too_large"
+    http_status = 413
+
+
+class UnknownModelError(InvalidRequestError):
+    """The request names a model that is not served here."""
+
+    code = "model_not_found"
+    http_status = 404
+
+
+class AuthenticationError(WiCoreError):
+    """No API key, or one that is not valid."""
+
+    code = "invalid_api_key"
+    triton_code = "INVALID_ARG"
+    http_status = 401
+
+
+class RateLimitedError(WiCoreError):
+    """The key's share is used up for now; ``retry_after_s`` tells when there is some again."""
+
+    code = "rate_limited"
+    triton_code = "UNAVAILABLE"
+    http_status = 429
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class OverloadedError(WiCoreError):
