@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
 
@@ -279,12 +279,12 @@ class Engine:
         splits_image = any(start < shared < start + size for start in first.request.image_starts)
         if others and shared and not splits_image:
             self._forks[first.sequence_id] = others
-            self._add(first, boundary=shared)
+            self._add(first, boundaries=(shared,))
         else:
             for sequence in sequences:
                 self._add(sequence)
 
-    def _add(self, sequence: ActiveSequence, boundary: int = 0, computed: int = 0) -> None:
+    def _add(self, sequence: ActiveSequence, boundaries: Sequence[int] = (), computed: int = 0) -> None:
         parameters, size = sequence.request.parameters, self.spec.tokens_per_image
         limits = {} if parameters.prompt_logprobs is None else {"largest_chunk": PROMPT_LOGPROBS_CHUNK}
         self._scheduler.add(
@@ -293,7 +293,7 @@ class Engine:
             [(start, start + size) for start in sequence.request.image_starts],
             priority=parameters.priority,
             size=sequence.prompt_length + sequence.max_tokens,
-            boundary=boundary,
+            boundaries=boundaries,
             computed=computed,
             **limits,
         )

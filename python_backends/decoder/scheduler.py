@@ -70,10 +70,12 @@ class _Work:
     size: int
     length: int
     images: tuple[Span, ...]
-    boundary: int
-    """A position no chunk crosses; 0 for none."""
+    boundaries: tuple[int, ...]
+    """Positions no chunk crosses."""
     largest_chunk: int
     computed: int
+    held: bool
+    """Waits for something else than a slot."""
     started: bool = False
     """Had a slot once, so its place in the queue is not the queue's to bound."""
     slot: int | None = None
@@ -148,9 +150,10 @@ class Scheduler:
         *,
         priority: int = 0,
         size: int = 0,
-        boundary: int = 0,
+        boundaries: Sequence[int] = (),
         largest_chunk: int = UNLIMITED,
         computed: int = 0,
+        held: bool = False,
     ) -> None:
         """Queue a sequence.
 
@@ -160,9 +163,11 @@ class Scheduler:
             images: in rising order, without overlap.
             priority: lower is sooner.
             size: tokens it may need in all, for shorter work first.
-            boundary: a position that a chunk ends at, so that what is computed up to there can be shared.
+            boundaries: positions that a chunk ends at, so that what is computed up to there can be shared; within no
+                image.
             largest_chunk: tokens of a chunk, whatever the budget.
             computed: tokens that the caller holds already; it gets a move to put them into the slot.
+            held: gets no slot before `release`; it keeps its place in the queue.
         """
         if sequence_id in self._waiting or sequence_id in self._running:
             raise ValueError(f"sequence {sequence_id} is here already")
@@ -175,10 +180,26 @@ class Scheduler:
             size=size,
             length=prompt_length,
             images=tuple(images),
-            boundary=boundary,
+            boundaries=tuple(sorted(boundaries)),
             largest_chunk=largest_chunk,
             computed=computed,
+            held=held,
         )
+
+    def hold(self, sequence_id: int) -> None:
+        """Take a sequence that draws nothing yet off its slot, or out of the queue's turn; it has nothing computed."""
+        work = self._running.pop(sequence_id, None)
+        if work is not None:
+            heapq.heappush(self._free_slots, _slot(work))
+            work.slot = None
+            self._waiting[sequence_id] = work
+        work = self._waiting[sequence_id]
+        work.held, work.computed = True, 0
+
+    def release(self, sequence_id: int, computed: int = 0) -> None:
+        """End the hold; the caller has ``computed`` tokens for the slot."""
+        work = self._waiting[sequence_id]
+        work.held, work.computed = False, computed
 
     def remove(self, sequence_id: int) -> None:
         """Forget a sequence, wherever it is, and free its slot."""
@@ -194,7 +215,7 @@ class Scheduler:
             prefill_budget: most tokens of a chunk; a single image longer than that still goes whole.
         """
         resume = self._admit()
-        set_aside, entered = self._make_room() if self._waiting or resume else self._compact()
+        set_aside, entered = self._make_room() if resume or self._candidate() else self._compact()
         moves = (set_aside, resume + entered)
         prefilling = [work for work in self._running.values() if work.prefilling]
         decoding = [work for work in self._running.values() if not work.prefilling]
@@ -231,6 +252,7 @@ class Scheduler:
         assert len(self.queued) <= self._max_queue + self.num_slots, "more wait than the queue holds"
         for work in self._waiting.values():
             assert work.slot is None, "a waiting sequence holds a slot"
+            assert not (work.held and work.computed), "a sequence on hold has tokens to move in"
             assert work.overtaken <= self._max_overtakes, "a waiting sequence was overtaken too often"
         for work in self._running.values():
             assert work.prefilling or work.length == work.computed + 1, "a decoding sequence is not one token ahead"
@@ -239,10 +261,11 @@ class Scheduler:
 
     def _candidate(self) -> _Work | None:
         """Whose turn it is: the oldest of those overtaken often enough, else by priority, work and age."""
-        tired = [work for work in self._waiting.values() if work.overtaken >= self._max_overtakes]
+        ready = [work for work in self._waiting.values() if not work.held]
+        tired = [work for work in ready if work.overtaken >= self._max_overtakes]
         if tired:
             return min(tired, key=lambda work: work.arrival)
-        return min(self._waiting.values(), key=lambda work: work.order, default=None)
+        return min(ready, key=lambda work: work.order, default=None)
 
     def _admit(self) -> Moves:
         moves: Moves = ()
@@ -254,7 +277,7 @@ class Scheduler:
         """Give a slot; one move for a sequence that was set aside."""
         del self._waiting[work.sequence_id]
         for other in self._waiting.values():
-            other.overtaken += other.arrival < work.arrival
+            other.overtaken += other.arrival < work.arrival and not other.held
         work.slot = heapq.heappop(self._free_slots)
         work.since_admission = 0
         work.overtaken = 0
@@ -309,8 +332,7 @@ class Scheduler:
 def _chunk(work: _Work, budget: int) -> Row:
     start = work.computed
     end = min(work.prompt_length, start + max(1, min(budget, work.largest_chunk)))
-    if start < work.boundary < end:
-        end = work.boundary
+    end = next((boundary for boundary in work.boundaries if start < boundary < end), end)
     for image_start, image_end in work.images:
         if image_start < end < image_end:
             end = image_start if image_start > start else image_end

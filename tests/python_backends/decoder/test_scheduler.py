@@ -31,6 +31,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.prompt = {}
         self.slots = {}  # slot → sequence whose cache is in it
         self.aside = {}  # sequence → length
+        self.spans, self.cuts = {}, {}
+        self.held = set()
         self.waited = {}  # admissions of later arrivals while waiting for a first slot
 
     @precondition(lambda self: self.scheduler.can_add())
@@ -43,6 +45,42 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.waited[self.next_id] = 0
         self.next_id += 1
 
+    @precondition(lambda self: self.scheduler.can_add())
+    @rule(prompt=prompts(), priority=st.integers(-1, 1), cuts=st.lists(st.integers(1, 30), max_size=3))
+    def add_held(self, prompt, priority, cuts):
+        """A prompt of which something may be found elsewhere, with positions that chunks must end at."""
+        length, spans = prompt
+        inside = [cut for cut in cuts if cut < length and not any(a < cut < b for a, b in spans)]
+        self.scheduler.add(self.next_id, length, spans, priority=priority, boundaries=inside, held=True)
+        self.done[self.next_id], self.prompt[self.next_id] = 0, length
+        self.spans[self.next_id], self.cuts[self.next_id] = spans, inside
+        self.held.add(self.next_id)
+        self.next_id += 1
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), found=st.integers(0, 30))
+    def release(self, data, found):
+        chosen = data.draw(st.sampled_from(sorted(self.held)))
+        inside = any(a < found < b for a, b in self.spans[chosen])
+        computed = 0 if inside or found >= self.prompt[chosen] else found
+        self.scheduler.release(chosen, computed)
+        self.held.remove(chosen)
+        self.done[chosen] = computed
+        if computed:
+            self.aside[chosen] = computed
+        self.waited[chosen] = 0
+
+    @rule(data=st.data())
+    def hold(self, data):
+        """What was to be moved in could not be."""
+        running = [each for each in self.scheduler.running if self.done[each] < self.prompt[each] and each in self.cuts]
+        if running:
+            chosen = data.draw(st.sampled_from(running))
+            self.scheduler.hold(chosen)
+            self.slots = {slot: each for slot, each in self.slots.items() if each != chosen}
+            self.done[chosen] = 0
+            self.held.add(chosen)
+
     @rule(data=st.data())
     def remove(self, data):
         known = sorted(self.done)
@@ -51,13 +89,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.remove(chosen)
             for kept in (self.done, self.prompt, self.aside, self.waited):
                 kept.pop(chosen, None)
+            self.held.discard(chosen)
             self.slots = {slot: each for slot, each in self.slots.items() if each != chosen}
 
     @rule(budget=st.integers(1, 12), accepted=st.integers(1, 3))
     def step(self, budget, accepted):
         before = set(self.scheduler.running)
         step = self.scheduler.schedule(budget)
-        assert (step is None) == (not self.done), "there is work exactly when there are sequences"
+        assert (step is None) == (not set(self.done) - self.held), "there is work exactly when there are sequences"
+        assert not self.held & set(self.scheduler.running), "a sequence on hold has a slot"
         if step is None:
             return
         self.follow_moves(step)
@@ -67,6 +107,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for row in step.rows:
             assert self.slots.setdefault(row.slot, row.sequence_id) == row.sequence_id, "another's cache is in the slot"
             assert row.start == self.done[row.sequence_id]
+            assert not any(row.start < cut < row.start + row.count for cut in self.cuts.get(row.sequence_id, ()))
             assert row.count <= max(budget, IMAGE)
             decoding = row.start >= self.prompt[row.sequence_id]
             drawn = accepted if decoding and row.samples else 1
@@ -204,7 +245,7 @@ def test_idle_rows_between_far_slots_are_closed_up():
 
 def test_a_shared_beginning_ends_a_chunk_and_computed_tokens_are_moved_in():
     scheduler = Scheduler(2, 9)
-    scheduler.add(0, 10, boundary=9)
+    scheduler.add(0, 10, boundaries=[9])
     first = scheduler.schedule(64).rows[0]
     assert (first.count, first.samples) == (9, False)
     scheduler.computed(first)
