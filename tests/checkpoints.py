@@ -26,6 +26,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from builders.random_checkpoint import shape_config
+
 VOCAB = 512
 PAD, EOS, BOS = 0, 1, 2
 IMAGE, BOI, EOI = 509, 510, 511
@@ -200,6 +202,17 @@ def tiny(name: str, seed: int = 0) -> Path:
     folder = scratch() / f"{name}-{seed}"
     make_model(FAMILIES[name], seed).save_pretrained(folder)
     return folder
+
+
+def small_multimodal() -> dict[str, Any]:
+    """The published 4B's config.json with two layers, small widths, and queries scaled by something of their own."""
+    config = shape_config("4b", 2)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 1024, "head_dim": 32}
+    text = {**config["text_config"], **sizes, "sliding_window": 32, "query_pre_attn_scalar": 20}
+    text["layer_types"] = ["sliding_attention", "full_attention"]
+    vision = {**config["vision_config"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    ids = {"boi_token_index": 1021, "eoi_token_index": 1022, "image_token_index": 1023}
+    return {**config, **ids, "text_config": text, "vision_config": vision}
 
 
 DEMO = Path(__file__).resolve().parents[1] / "builders" / "demo" / "checkpoint"

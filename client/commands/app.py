@@ -6,7 +6,7 @@ import typer
 
 from builders.cli import build
 from client.commands import ask, chat, demo, serve
-from client.commands.bench import engine, triton
+from client.commands.bench import engine, peers, triton
 from client.commands.bench import serve as bench_serve
 from client.commands.random_checkpoint import random_checkpoint
 
@@ -29,6 +29,7 @@ app.command("random-checkpoint")(random_checkpoint)
 benches = typer.Typer(help="Measure speed and latency.", no_args_is_help=True, rich_markup_mode=None)
 benches.command("engine")(engine.engine)
 benches.command("serve")(bench_serve.serve)
+benches.command("peers")(peers.peers)
 benches.command("triton")(triton.triton)
 app.add_typer(benches, name="bench")
 

@@ -24,7 +24,16 @@ def open_engine(manifest: Manifest, config: Config) -> Engine:
         ConfigError: ``cpu_memory_gb`` is too small for a single short slot.
     """
     tokenizer = open_tokenizer(manifest)
-    runtime = OnnxRuntimeDecoder(
+    return Engine(open_runtime(manifest, config), tokenizer, config)
+
+
+def open_runtime(manifest: Manifest, config: Config) -> OnnxRuntimeDecoder:
+    """Load the decoder that a manifest names.
+
+    Raises:
+        ArtifactError, ConfigError: as `open_engine`.
+    """
+    return OnnxRuntimeDecoder(
         manifest.folder(contract.DECODER),
         manifest.model,
         num_slots=config.max_batch_size,
@@ -32,7 +41,6 @@ def open_engine(manifest: Manifest, config: Config) -> Engine:
         memory_limit=int(min(config.cpu_memory_gb * 1e9, psutil.virtual_memory().available * FREE_MEMORY_SHARE)),
         num_threads=config.num_threads,
     )
-    return Engine(runtime, tokenizer, config)
 
 
 def open_tokenizer(manifest: Manifest) -> Tokenizer:

@@ -28,6 +28,7 @@ from python_backends.errors import BuildError
 from python_backends.pixels import ImageLimits
 from python_backends.prompt import ImageTokens, PromptTokenizer
 from tests.builders.checkpoint_files import write_json
+from tests.checkpoints import small_multimodal
 
 LIMITS = ImageLimits(2**20, 2**20)
 
@@ -52,11 +53,7 @@ def test_transformers_finds_every_weight_under_its_published_name(shape: str, ti
     folder, model = tiny, Gemma3ForCausalLM
     if shape == "multimodal":
         folder, model = tmp_path / "multimodal", Gemma3ForConditionalGeneration
-        config = shape_config("4b", 1)
-        text = {**config["text_config"], "hidden_size": 64, "intermediate_size": 64, "vocab_size": 1024}
-        vision = {**config["vision_config"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-        ids = {"boi_token_index": 1021, "eoi_token_index": 1022, "image_token_index": 1023}
-        write_random_checkpoint(folder, {**config, **ids, "text_config": text, "vision_config": vision})
+        write_random_checkpoint(folder, small_multimodal())
     loaded, report = model.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(report.values())
     ours = open_checkpoint(folder).tensor("embed_tokens.weight").read()
