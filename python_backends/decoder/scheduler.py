@@ -6,7 +6,8 @@ tokens by a known amount.
 
 Order of admission: the lower ``priority`` value first, then shorter work, then the older. Nobody starves, by two
 bounds: at most ``max_overtakes`` sequences that arrived later are admitted before any sequence that waits, and where
-slots stay taken a running sequence is set aside once it has had ``quantum`` tokens since it was admitted.
+slots stay taken a running sequence is set aside once it has had ``quantum`` tokens since it was admitted. It then counts as
+the newest arrival, so those that wait already go first.
 
 The rows of a decode step run from the lowest to the highest slot in use. Sequences take the lowest free slot and are
 moved down one a step while more than half of those rows would be idle, which bounds the padding at one half.
@@ -139,8 +140,8 @@ class Scheduler:
         return sum(1 for work in self._running.values() if not work.prefilling)
 
     def can_add(self, count: int = 1) -> bool:
-        """Whether the queue has room for so many; a free slot counts as room."""
-        return len(self.queued) + count <= self._max_queue + len(self._free_slots)
+        """Whether the queue has room for so many; a free slot counts as room, a sequence set aside as waiting."""
+        return len(self._waiting) + count <= self._max_queue + len(self._free_slots)
 
     def add(
         self,
@@ -297,6 +298,7 @@ class Scheduler:
         out = (Move(victim.sequence_id, _slot(victim), victim.computed),)
         heapq.heappush(self._free_slots, _slot(victim))
         victim.slot = None
+        victim.arrival = next(self._arrivals)  # behind those that wait already: it has had its share for now
         entered = self._enter(work)
         self._waiting[victim.sequence_id] = victim
         return out, entered

@@ -33,7 +33,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.aside = {}  # sequence → length
         self.spans, self.cuts = {}, {}
         self.held = set()
-        self.waited = {}  # admissions of later arrivals while waiting for a first slot
+        self.order = []
+        self.arrived = {}  # order of arrival; who is set aside arrives anew
+        self.waited = {}  # admissions of later arrivals while waiting for a slot
 
     @precondition(lambda self: self.scheduler.can_add())
     @rule(prompt=prompts(), priority=st.integers(-1, 1), size=st.integers(0, 3))
@@ -42,6 +44,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.add(self.next_id, length, spans, priority=priority, size=size)
         self.done[self.next_id] = 0
         self.prompt[self.next_id] = length
+        self.arrive(self.next_id)
         self.waited[self.next_id] = 0
         self.next_id += 1
 
@@ -54,6 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.add(self.next_id, length, spans, priority=priority, boundaries=inside, held=True)
         self.done[self.next_id], self.prompt[self.next_id] = 0, length
         self.spans[self.next_id], self.cuts[self.next_id] = spans, inside
+        self.arrive(self.next_id)
         self.held.add(self.next_id)
         self.next_id += 1
 
@@ -101,7 +105,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if step is None:
             return
         self.follow_moves(step)
-        self.count_overtakes(before)
+        self.count_overtakes(before, step)
         assert [row.slot for row in step.rows] == sorted({row.slot for row in step.rows})
         assert any(row.count for row in step.rows), "a step does something"
         for row in step.rows:
@@ -124,11 +128,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.aside.pop(move.sequence_id) == move.length
             self.slots[move.slot] = move.sequence_id
 
-    def count_overtakes(self, before):
+    def arrive(self, sequence):
+        self.arrived[sequence] = len(self.order)
+        self.order.append(sequence)
+
+    def count_overtakes(self, before, step):
+        for move in step.set_aside:
+            if move.sequence_id not in self.scheduler.running:  # not only moved down
+                self.arrive(move.sequence_id)
+                self.waited[move.sequence_id] = 0
         for entered in set(self.scheduler.running) - before:
             self.waited.pop(entered, None)
             for other in self.waited:
-                self.waited[other] += other < entered
+                self.waited[other] += self.arrived[other] < self.arrived[entered]
 
     @invariant()
     def holds(self):
@@ -203,13 +215,16 @@ def test_a_stream_of_short_requests_cannot_starve_a_long_one():
     assert order.index(1) == 3
 
 
-def test_endless_sequences_share_a_slot_by_being_set_aside():
-    scheduler = Scheduler(1, 9, quantum=5)
-    scheduler.add(0, 2)
-    scheduler.add(1, 2)
-    drew = [row for _, rows in run(scheduler, 60) for row in rows]
-    assert drew[:12] == [0] * 5 + [1] * 5 + [0] * 2
-    assert 20 < drew.count(0) < 40
+@pytest.mark.parametrize(("sequences", "slots"), [(2, 1), (3, 1), (7, 2), (20, 16)])
+def test_endless_sequences_share_slots_by_being_set_aside(sequences, slots):
+    scheduler = Scheduler(slots, 99, quantum=5)
+    for sequence in range(sequences):
+        scheduler.add(sequence, 2)
+    drew = [row for _, rows in run(scheduler, 2000) for row in rows]
+    share = len(drew) / sequences
+    assert all(0.9 * share < drew.count(sequence) < 1.1 * share for sequence in range(sequences))
+    if slots == 1:
+        assert drew[:12] == [0] * 5 + [1] * 5 + [2 % sequences] * 2
 
 
 def test_an_urgent_request_sets_a_running_one_aside_at_once():
