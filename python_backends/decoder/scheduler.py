@@ -6,8 +6,8 @@ tokens by a known amount.
 
 Order of admission: the lower ``priority`` value first, then shorter work, then the older. Nobody starves, by two
 bounds: at most ``max_overtakes`` sequences that arrived later are admitted before any sequence that waits, and where
-slots stay taken a running sequence is set aside once it has had ``quantum`` tokens since it was admitted. It then counts as
-the newest arrival, so those that wait already go first.
+slots stay taken a running sequence is set aside once it has had ``quantum`` tokens since it was admitted. It then counts
+as the newest arrival, so those that wait already go first.
 
 The rows of a decode step run from the lowest to the highest slot in use. Sequences take the lowest free slot and are
 moved down one a step while more than half of those rows would be idle, which bounds the padding at one half.
@@ -138,6 +138,11 @@ class Scheduler:
     def decoding(self) -> int:
         """Sequences whose prompt is done and that hold a slot."""
         return sum(1 for work in self._running.values() if not work.prefilling)
+
+    def place(self, sequence_id: int) -> tuple[int, int] | None:
+        """(slot, tokens computed in it) of a sequence; None without a slot."""
+        work = self._running.get(sequence_id)
+        return None if work is None else (_slot(work), work.computed)
 
     def can_add(self, count: int = 1) -> bool:
         """Whether the queue has room for so many; a free slot counts as room, a sequence set aside as waiting."""
