@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from builders.build import Options, build
-from builders.identity import source_identity
+from builders.checkpoint import weight_files
 from builders.quantize import Precision
 from client.bench.peers.install import install_llama, require_torch
 from client.bench.peers.worker import Worker, environment
@@ -147,14 +148,20 @@ def _worker(
     return opened.enter_context(worker)
 
 
+def _state(checkpoint: Path) -> str:
+    """A hash that changes with the checkpoint's files; no weight is read."""
+    paths = [checkpoint / "config.json", *weight_files(checkpoint)]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
+
+
 def gguf_files(setup: Setup, packages: Path, report: Report) -> dict[str, Path]:
     """The checkpoint in the GGUF types of a setup, by type; written where they are not there yet.
 
     Raises:
         BuildError: they cannot be written.
     """
-    name = f"{setup.checkpoint.resolve().name}-{source_identity(setup.checkpoint, {})[:12]}"
-    folder = setup.folder / "gguf" / name
+    folder = setup.folder / "gguf" / f"{setup.checkpoint.resolve().name}-{_state(setup.checkpoint)}"
     files = {kind: folder / f"{kind}.gguf" for kind in setup.gguf}
     missing = [kind for kind, path in files.items() if not path.exists()]
     if not missing:
