@@ -31,7 +31,12 @@ STOP_TIMEOUT_S = 2.0
 STOP_DELAYS_S = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 """A request that is still at the tokenizer is unknown to the decoder, so a stop is sent again a few times."""
 STOPPED = "stop"
-_CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),  # two minutes otherwise, long after a server is back
+)
 
 
 def new_request_id() -> str:
@@ -67,7 +72,7 @@ class Client:
     def __init__(self, address: str = DEFAULT_ADDRESS, timeout_s: float | None = TIMEOUT_S) -> None:
         self.address = address
         self.timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL)
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._stops: set[threading.Thread] = set()
 
@@ -219,7 +224,7 @@ class AsyncClient:
     def __init__(self, address: str = DEFAULT_ADDRESS, timeout_s: float | None = TIMEOUT_S) -> None:
         self.address = address
         self.timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL)
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._stops: set[asyncio.Task[None]] = set()
 

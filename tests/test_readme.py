@@ -118,7 +118,7 @@ def test_serving_asking_curl_and_python(tmp_path):
     *before, server = serve.strip().splitlines()
     shell.run("\n".join(before))
     activate = before[0]
-    with shell.background(f"{activate}\nexec {server} --metrics-port 0"):
+    with shell.background(f"{activate}\nexec {server} --metrics-port 0 --gateway-port 0"):
         assert len(shell.run(f"{activate}\n{ask}").splitlines()) > 3
         answered = shell.run(curl)
         assert answered.count('"text_output"') > 1

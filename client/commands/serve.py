@@ -1,9 +1,8 @@
-"""`wicore serve`: Triton on a built model repository, watched."""
+"""`wicore serve`: Triton on a built model repository and the gateway in front of it, watched."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,13 +10,10 @@ import typer
 
 from client.commands.options import DEFAULT_REPOSITORY, AsJson, Repository
 from client.commands.terminal import Status, command, emit, say
-from python_backends.errors import ServerUnavailableError
 
 if TYPE_CHECKING:
-    from client.server import Server, ServerOptions
-
-MAX_RESTARTS = 5
-RESTART_WINDOW_S = 600.0
+    from client.gateway.settings import GatewaySettings
+    from client.server import Server, ServerOptions, Supervisor
 
 
 @command
@@ -39,8 +35,20 @@ def serve(
         ),
     ] = None,
     response_cache_mb: Annotated[int, typer.Option(min=1, help="Memory for image embeddings seen before, MiB.")] = 256,
+    gateway: Annotated[
+        bool, typer.Option("--gateway/--no-gateway", help="OpenAI's API, WiCore's own and a page, in front of Triton.")
+    ] = True,
+    gateway_host: Annotated[
+        str | None,
+        typer.Option(help="Address the gateway listens on; Triton can stay on this machine. [default: --host]"),
+    ] = None,
+    gateway_port: Annotated[
+        int | None, typer.Option(help="The gateway's port; 0 picks a free one. [default: wicore.json, else 8080]")
+    ] = None,
     drain: Annotated[int, typer.Option(min=0, help="Seconds that answers in flight get after a stop.")] = 5,
-    restart: Annotated[bool, typer.Option("--restart", help="Start again when a process of the server dies.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart/--no-restart", help="Start again what dies of the server's processes.")
+    ] = True,
     log: Annotated[Path | None, typer.Option(help="File for the server's log. [default: in the cache folder]")] = None,
     model_config_name: Annotated[
         str | None, typer.Option(help="Triton's alternative configurations, configs/NAME.pbtxt of each model.")
@@ -48,7 +56,7 @@ def serve(
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Show the log; twice: with details.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Serve a model repository from NVIDIA Triton until Ctrl-C.
+    """Serve a model repository from NVIDIA Triton, with the HTTP gateway in front, until Ctrl-C.
 
     Triton comes from PATH (NVIDIA's container) or from the installed wheel. Admin APIs are shut and only this machine
     can connect unless options say otherwise. With --json one line with the addresses tells that the server is ready.
@@ -73,16 +81,8 @@ def serve(
     )
     if admin_key:
         chosen = dataclasses.replace(chosen, admin_key=admin_key)
-    restarts: list[float] = []
-    while True:
-        try:
-            _serve_once(chosen, show_log=bool(verbose), as_json=as_json)
-        except ServerUnavailableError as error:
-            now = time.monotonic()
-            restarts = [*(at for at in restarts if now - at < RESTART_WINDOW_S), now]
-            if not restart or len(restarts) > MAX_RESTARTS:
-                raise
-            say(f"{error.message}; starting again")
+    front = _gateway_settings(repository, gateway_host or host, gateway_port, drain) if gateway else None
+    _serve(chosen, front, restart=restart, show_log=bool(verbose), as_json=as_json)
 
 
 @command
@@ -106,31 +106,75 @@ def env() -> None:
         print(f"export {name}={shlex.quote(value)}")
 
 
-def _serve_once(options: ServerOptions, *, show_log: bool, as_json: bool) -> None:
-    """Serve until a signal or a death.
+def _gateway_settings(repository: Path, host: str, port: int | None, drain_s: int) -> GatewaySettings | None:
+    """Settings of the gateway; None for a repository without a model of WiCore's.
+
+    Raises:
+        ArtifactError, ConfigError: the manifest or wicore.json cannot be used.
+    """
+    from client.gateway.settings import GatewaySettings
+    from python_backends import config, manifest
+
+    if not (repository / manifest.MANIFEST_NAME).exists():
+        return None
+    settings = config.load(repository)
+    name = manifest.read(repository).name
+    chosen = settings.server_port if port is None else port
+    return GatewaySettings(repository.resolve(), name, host=host, port=chosen, config=settings, drain_s=drain_s)
+
+
+def _serve(
+    options: ServerOptions, gateway: GatewaySettings | None, *, restart: bool, show_log: bool, as_json: bool
+) -> None:
+    """Serve until a signal, or a death that is the last word.
 
     Raises:
         ServerUnavailableError: a process of the server has died.
     """
-    from client.server import Server
+    from client.server import Supervisor
 
     status = Status()
-    with Server(options, status, say if show_log else None) as server:
+
+    def on_restart(died: str) -> None:
+        if died:
+            say(f"{died}; starting again")
+        elif as_json:
+            emit(ready_line(running.server, running))
+        else:
+            say("Serving again.")
+
+    running = Supervisor(
+        options,
+        gateway,
+        restart=restart,
+        on_restart=on_restart,
+        on_progress=status,
+        on_log=say if show_log else None,
+    )
+    with running:
         status.clear()
         if as_json:
-            emit(ready_line(server))
+            emit(ready_line(running.server, running))
         else:
-            say(f"Serving {options.repository} on {server.addresses.http} (HTTP) and {server.addresses.grpc} (gRPC)")
-            say(f"Metrics: {server.addresses.metrics}   Log: {server.log_path}   Ctrl-C stops.")
+            _introduce(running)
         try:
-            server.wait()
+            running.run()
         finally:
             status("stopping …")
     status.clear()
 
 
-def ready_line(server: Server) -> dict[str, object]:
+def _introduce(running: Supervisor) -> None:
+    at = running.server.addresses
+    say(f"Serving {running.server.options.repository} on {at.http} (HTTP) and {at.grpc} (gRPC)")
+    if running.gateway:
+        say(f"Gateway: {running.gateway.address}/v1 (OpenAI's API)")
+    say(f"Metrics: {at.metrics}   Log: {running.server.log_path}   Ctrl-C stops.")
+
+
+def ready_line(server: Server, supervisor: Supervisor | None = None) -> dict[str, object]:
     """What scripts need of a server that is ready."""
+    gateway = supervisor.gateway if supervisor else None
     return {
         "event": "ready",
         "http": server.addresses.http,
@@ -138,4 +182,5 @@ def ready_line(server: Server) -> dict[str, object]:
         "metrics": server.addresses.metrics,
         "pid": server.pid,
         "log": str(server.log_path),
+        **({"gateway": gateway.address, "gateway_pid": gateway.pid} if gateway else {}),
     }

@@ -52,20 +52,20 @@ class Addresses:
     @property
     def grpc(self) -> str:
         """``host:port`` as gRPC clients take it."""
-        return f"{_reachable(self.host)}:{self.grpc_port}"
+        return f"{reachable(self.host)}:{self.grpc_port}"
 
     @property
     def http(self) -> str:
         """URL of the HTTP API."""
-        return f"http://{_reachable(self.host)}:{self.http_port}"
+        return f"http://{reachable(self.host)}:{self.http_port}"
 
     @property
     def metrics(self) -> str:
         """URL of the Prometheus metrics."""
-        return f"http://{_reachable(self.host)}:{self.metrics_port}/metrics"
+        return f"http://{reachable(self.host)}:{self.metrics_port}/metrics"
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
     """Where to reach a server that listens on ``host``: listening everywhere includes this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host

@@ -263,7 +263,7 @@ _BUILD = "run `wicore build CHECKPOINT --repository {}` first"
 
 def _forget_old_logs(folder: Path) -> None:
     """Logs of servers that failed stay for their user to read, but not for ever."""
-    logs = sorted(folder.glob("server-*.log"), key=lambda path: path.stat().st_mtime)
+    logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
     for path in logs[:-KEPT_LOGS]:
         path.unlink(missing_ok=True)
 

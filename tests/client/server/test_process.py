@@ -222,7 +222,7 @@ def test_wicore_serve_ends_cleanly_on_a_signal(options: ServerOptions, number: s
 
 def test_wicore_serve_exits_with_an_error_when_a_stage_dies(options: ServerOptions) -> None:
     add_counter(options.repository)
-    with serve(options.repository) as process:
+    with serve(options.repository, "--no-restart") as process:
         root = psutil.Process(json.loads(process.stdout.readline())["pid"])  # type: ignore[union-attr]
         root.children()[0].kill()
         assert process.wait(20) == 1
@@ -233,11 +233,12 @@ def test_wicore_serve_exits_with_an_error_when_a_stage_dies(options: ServerOptio
 
 def test_wicore_serve_restart_serves_again(options: ServerOptions) -> None:
     add_counter(options.repository)
-    with serve(options.repository, "--restart") as process:
+    with serve(options.repository) as process:
         first = json.loads(process.stdout.readline())  # type: ignore[union-attr]
         psutil.Process(first["pid"]).children()[0].kill()
         second = json.loads(process.stdout.readline())  # type: ignore[union-attr]
         assert second["pid"] != first["pid"]
+        assert second["http"] == first["http"], "clients know the old port"
         assert get(f"{second['http']}/v2/health/ready")[0] == 200
         process.terminate()
         assert process.wait(20) == 128 + signal.SIGTERM

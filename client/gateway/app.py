@@ -1,0 +1,122 @@
+"""The ASGI application: routers over one `Triton`, behind the middleware that protects it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
+
+from client.gateway import errors, health
+from client.gateway.lifecycle import Lifecycle
+from client.gateway.metrics import Metrics
+from client.gateway.middleware import BodyReader, Draining, Outermost
+from client.gateway.services import Services
+from client.gateway.settings import GatewaySettings
+from client.gateway.triton import Triton
+from python_backends.errors import WiCoreError
+
+WEB = Path(__file__).parent / "web"
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+LARGE_BODY = 256 * 2**10
+"""From so many bytes on, a body is parsed on a thread, so that other requests' tokens do not wait for it."""
+
+
+class JsonRequest(Request):
+    """A request whose large bodies do not hold up the event loop."""
+
+    async def json(self) -> Any:
+        """The body, parsed."""
+        body = await self.body()
+        if len(body) < LARGE_BODY:
+            return json.loads(body)
+        return await asyncio.to_thread(json.loads, body)
+
+
+class JsonRoute(APIRoute):
+    """A route that reads its body through `JsonRequest`."""
+
+    def get_route_handler(self) -> Any:
+        """The framework's handler on a `JsonRequest`."""
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(JsonRequest(request.scope, request.receive))
+
+        return handle
+
+
+class Pages(StaticFiles):
+    """Static files that may load nothing from elsewhere; they get what no route takes."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one file."""
+        if scope["type"] == "http" and (scope["method"] not in ("GET", "HEAD") or scope["path"].startswith("/v1/")):
+            raise HTTPException(404, f"there is no {scope['method']} {scope['path']}; see /openapi.json")
+
+        async def with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] += [(b"content-security-policy", CONTENT_SECURITY_POLICY.encode())]
+            await send(message)
+
+        await super().__call__(scope, receive, with_policy)
+
+
+def create_app(settings: GatewaySettings, lifecycle: Lifecycle | None = None) -> FastAPI:
+    """The application. It connects when it starts and closes its connections when it ends."""
+    lifecycle = lifecycle or Lifecycle()
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        triton = Triton(settings.triton, settings.answer_timeout_s)
+        app.state.services = Services(settings, lifecycle, metrics, triton)
+        try:
+            yield
+        finally:
+            await triton.close()
+
+    app = FastAPI(
+        title="WiCore",
+        summary="Gemma-3 (text and images) served from NVIDIA Triton.",
+        version="1",
+        docs_url=None,  # its pages load scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+        exception_handlers={
+            WiCoreError: errors.on_wicore_error,
+            HTTPException: errors.on_http_exception,
+            RequestValidationError: errors.on_validation_error,
+        },
+        middleware=[
+            Middleware(Outermost, settings=settings, metrics=metrics),
+            Middleware(GZipMiddleware, minimum_size=1024, compresslevel=5),
+            Middleware(Draining, lifecycle=lifecycle),
+            Middleware(BodyReader, settings=settings),
+        ],
+    )
+    for router in routers():
+        app.include_router(router)
+    app.router.default = Pages(directory=WEB, html=True)
+    return app
+
+
+def routers() -> list[APIRouter]:
+    """Every endpoint."""
+    return [health.router]

@@ -1,0 +1,86 @@
+"""HTTP/1.1 as uvicorn speaks it, with two things it leaves out: a time limit for headers, and errors in JSON.
+
+uvicorn's h11 protocol is the one with a bound on the size of headers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+from client.gateway import errors
+
+MAX_HEADER_BYTES = 32 * 2**10
+MAX_HEADERS = 128
+HEADER_TIMEOUT_S = 10.0
+
+
+class HttpProtocol(H11Protocol):
+    """One connection."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A connection that sends nothing holds a place, so its time runs from here."""
+        self._header_timer: asyncio.TimerHandle | None = None
+        super().connection_made(transport)
+        self._watch_headers()
+
+    def data_received(self, data: bytes) -> None:
+        """The time of a request's headers runs from their first byte."""
+        super().data_received(data)
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The peer has gone."""
+        self._stop_header_timer()
+        super().connection_lost(exc)
+
+    def _watch_headers(self) -> None:
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            self._stop_header_timer()
+        elif self._header_timer is None and self.timeout_keep_alive_task is None:
+            self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._on_header_timeout)
+
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _on_header_timeout(self) -> None:
+        self._header_timer = None
+        if not self.transport.is_closing() and self.conn.our_state is h11.IDLE:
+            self._refuse(408, f"no complete request within {HEADER_TIMEOUT_S:g} s")
+
+    def send_400_response(self, msg: str) -> None:
+        """Called while h11's exception is handled, which knows the status."""
+        error = sys.exc_info()[1]
+        status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        text = f"the headers are larger than {MAX_HEADER_BYTES} bytes" if status == 431 else f"no valid HTTP: {error}"
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and (self.cycle is None or self._is_between()):
+            self._refuse(status, text)
+        else:
+            self.transport.close()  # in the middle of an answer: nothing else can be said on this connection
+
+    def _is_between(self) -> bool:
+        return bool(self.cycle.response_complete)
+
+    def _refuse(self, status: int, message: str) -> None:
+        content = json.dumps(_error(status, message)).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+            (b"connection", b"close"),
+        ]
+        reason = STATUS_PHRASES.get(status, b"")
+        events = (h11.Response(status_code=status, headers=headers, reason=reason), h11.Data(content))
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in (*events, h11.EndOfMessage())))
+        self.transport.close()
+
+
+def _error(status: int, message: str) -> dict[str, Any]:
+    codes = {408: "request_timeout", 431: "headers_too_large"}
+    return errors.body(status, message, codes.get(status, "invalid_http"))
