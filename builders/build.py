@@ -19,8 +19,10 @@ from builders.identity import Fingerprint, source_identity
 from builders.quantize import Precision
 from builders.side_files import write_image_processor, write_tokenizer
 from python_backends import contract, manifest
+from python_backends.config import Config
 from python_backends.errors import ArtifactError, BuildError
 from python_backends.manifest import ImageShape, Manifest, ModelShape
+from python_backends.prompt import open_files
 
 RUNTIME = "onnxruntime"
 _PACKAGES = ("wicore", "numpy", "onnx", "onnxruntime", "transformers")
@@ -65,8 +67,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.runtime != RUNTIME:
             raise BuildError(
-                f"runtime {self.runtime!r} is not offered: this version builds for {RUNTIME!r} (CPU and CUDA); "
-                "TensorRT comes with the TensorRT builder"
+                f"runtime {self.runtime!r} is not offered: this version builds for {RUNTIME!r} (CPU); "
+                "TensorRT and CUDA are planned"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,7 +142,9 @@ def _build(checkpoint: Checkpoint, target: Path, options: Options, identity: str
     build_id = repository.new_build_id(identity)
     fingerprint = Fingerprint(checkpoint)
     try:
-        _write_stages(checkpoint, target, options.precision, build_id, reporter)
+        shape = _shape(checkpoint.config, options.max_context_length)
+        _write_side_files(checkpoint, target, shape, build_id)
+        _write_graphs(checkpoint, target, options.precision, build_id, reporter)
         reporter.begin("checking")
         weights = fingerprint.result()
         _check_unchanged(checkpoint.folder, options, identity)
@@ -156,7 +160,7 @@ def _build(checkpoint: Checkpoint, target: Path, options: Options, identity: str
             runtime=options.runtime,
             ranks=1,
             versions=_versions(),
-            model=_shape(checkpoint.config, options.max_context_length),
+            model=shape,
             stages=repository.describe_stages(target, build_id),
             repository=target,
         )
@@ -168,27 +172,37 @@ def _build(checkpoint: Checkpoint, target: Path, options: Options, identity: str
     return built
 
 
-def _write_stages(
+def _write_side_files(checkpoint: Checkpoint, target: Path, shape: ModelShape, build_id: str) -> None:
+    """What the first two stages read, opened as they will open it, before the first weight is read."""
+    vision = checkpoint.config.vision
+    stages = [contract.TOKENIZER] + ([contract.IMAGE_PROCESSOR] if vision else [])
+    folders = {stage: repository.stage_folder(target, stage, build_id) for stage in stages}
+    write_tokenizer(checkpoint.folder, folders[contract.TOKENIZER])
+    if vision is not None:
+        write_image_processor(checkpoint.folder, vision, folders[contract.IMAGE_PROCESSOR])
+    try:
+        open_files(folders.__getitem__, shape, Config(pan_and_scan=True))
+    except ArtifactError as error:
+        raise BuildError(
+            f"{checkpoint.folder}: its tokenizer or processor files cannot be served ({error.__cause__ or error}); "
+            "download them again"
+        ) from error
+
+
+def _write_graphs(
     checkpoint: Checkpoint, target: Path, precision: Precision, build_id: str, reporter: Reporter
 ) -> None:
     from builders.graph.decoder import write_decoder
     from builders.graph.vision import write_vision_encoder
 
-    def folder(stage: str) -> Path:
-        return repository.stage_folder(target, stage, build_id)
-
-    vision = checkpoint.config.vision
-    write_tokenizer(checkpoint.folder, folder(contract.TOKENIZER))
-    if vision is not None:
-        write_image_processor(checkpoint.folder, vision, folder(contract.IMAGE_PROCESSOR))
     vision_bytes = sum(
         tensor.num_bytes for name, tensor in checkpoint.tensors.items() if name.startswith(("vision.", "projector."))
     )
     reporter.begin("decoder", checkpoint.num_bytes - vision_bytes)
-    write_decoder(checkpoint, precision, folder(contract.DECODER))
-    if vision is not None:
+    write_decoder(checkpoint, precision, repository.stage_folder(target, contract.DECODER, build_id))
+    if checkpoint.config.vision is not None:
         reporter.begin("vision encoder", vision_bytes)
-        write_vision_encoder(checkpoint, precision, folder(contract.VISION_ENCODER))
+        write_vision_encoder(checkpoint, precision, repository.stage_folder(target, contract.VISION_ENCODER, build_id))
 
 
 def _shape(config: ModelConfig, max_context_length: int | None) -> ModelShape:

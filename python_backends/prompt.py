@@ -8,7 +8,7 @@ these 0.1 s and 35 MB.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,18 +232,27 @@ def open_tokenizer(repository: Path) -> PromptTokenizer:
     """
     settings = config.load(repository)
     built = manifest.load(repository, [contract.TOKENIZER, contract.IMAGE_PROCESSOR])
+    return open_files(built.folder, built.model, settings)
+
+
+def open_files(folder: Callable[[str], Path], model: manifest.ModelShape, settings: config.Config) -> PromptTokenizer:
+    """The same from the folders of the stages; `wicore build` tries its files with it before they replace others.
+
+    Raises:
+        ArtifactError: files that are missing, damaged or not Gemma-3's.
+    """
     images = None
-    if built.model.image:
-        processor = built.folder(contract.IMAGE_PROCESSOR)
+    if model.image:
+        processor = folder(contract.IMAGE_PROCESSOR)
         images = ImageTokens(
-            tokens_per_image=built.model.image.tokens_per_image,
+            tokens_per_image=model.image.tokens_per_image,
             pan_and_scan=read_options(processor, pan_and_scan=settings.pan_and_scan).pan_and_scan,
             limits=ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
             max_images=settings.max_images,
         )
     return PromptTokenizer(
-        built.folder(contract.TOKENIZER),
-        vocab_size=built.model.vocab_size,
-        max_context_length=min(settings.max_context_length, built.model.max_context_length),
+        folder(contract.TOKENIZER),
+        vocab_size=model.vocab_size,
+        max_context_length=min(settings.max_context_length, model.max_context_length),
         images=images,
     )

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from tests.checkpoints import FAMILIES, VOCAB, tiny
+from tests.checkpoints import BOI, BOS, EOI, EOS, FAMILIES, IMAGE, VOCAB, tiny
 
 DTYPES: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 
@@ -33,9 +33,10 @@ def complete(folder: Path, family: str) -> Path:
 
 
 def add_tokenizer(folder: Path) -> None:
-    words = {f"word{index}": index for index in range(VOCAB)}
+    control = {EOS: "<eos>", BOS: "<bos>", IMAGE: "<image_soft_token>", BOI: "<start_of_image>", EOI: "<end_of_image>"}
+    words = {control.get(index, f"word{index}"): index for index in range(VOCAB)}
     Tokenizer(WordLevel(words, unk_token="word3")).save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"bos_token": "word2", "eos_token": "word1"})
+    write_json(folder / "tokenizer_config.json", {"bos_token": "<bos>", "eos_token": "<eos>"})
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

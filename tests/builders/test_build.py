@@ -202,6 +202,14 @@ def _bad_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{", encoding="utf-8")
 
 
+def _bad_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}", encoding="utf-8")
+
+
+def _no_tokenizer_config(folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink()
+
+
 def _no_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
 
@@ -227,6 +235,8 @@ def _nan(folder: Path) -> None:
 FAILURES: dict[Callable[[Path], None], str] = {
     _no_tokenizer: r"has no tokenizer\.json",
     _bad_tokenizer: "is not a tokenizer",
+    _bad_template: "cannot be served .*template",
+    _no_tokenizer_config: "cannot be served .*tokenizer_config",
     _no_processor: "has no image size",
     _other_size: "the vision tower takes 32 pixels a side",
     _other_mean: "image_mean",
