@@ -25,6 +25,7 @@ MAY_BE_ZERO = frozenset(
         "max_requests_per_minute",
     )
 )
+CHOICES = {"cpu_kernels": ("auto", "onnxruntime")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,9 @@ class Config:
     """Cut long images into crops as the Gemma-3 processor can (arXiv 2503.19786, section 2.1)."""
     num_threads: int = 0
     """Compute threads of the decoder; 0 takes every physical core."""
+    cpu_kernels: str = "auto"
+    """Kernels of quantized products on the CPU: "auto" takes our own where there are AVX-512 VNNI and a C++ compiler,
+    "onnxruntime" those of ONNX Runtime."""
     server_port: int = 8080
     """The gateway's HTTP port; 0 picks a free one."""
     max_body_bytes: int = 64 * 2**20
@@ -83,6 +87,8 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name in CHOICES and value not in CHOICES[field.name]:
+                raise ConfigError(f"{field.name} is {value!r}; choose one of {', '.join(CHOICES[field.name])}")
             if isinstance(value, bool | str):
                 continue
             low = 0 if field.name in MAY_BE_ZERO else 1

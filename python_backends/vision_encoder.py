@@ -44,7 +44,8 @@ def open_runtime(repository: Path) -> VisionRuntime | None:
         return None
     from python_backends.runtime.onnxruntime import OnnxRuntimeVision
 
-    return OnnxRuntimeVision(built.folder(contract.VISION_ENCODER), num_threads=settings.num_threads)
+    folder = built.folder(contract.VISION_ENCODER)
+    return OnnxRuntimeVision(folder, num_threads=settings.num_threads, cpu_kernels=settings.cpu_kernels)
 
 
 class TritonPythonModel:

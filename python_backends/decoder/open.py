@@ -40,6 +40,7 @@ def open_runtime(manifest: Manifest, config: Config) -> OnnxRuntimeDecoder:
         max_context_length=config.max_context_length,
         memory_limit=int(min(config.cpu_memory_gb * 1e9, psutil.virtual_memory().available * FREE_MEMORY_SHARE)),
         num_threads=config.num_threads,
+        cpu_kernels=config.cpu_kernels,
     )
 
 

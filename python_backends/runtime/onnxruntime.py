@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from python_backends.errors import ArtifactError, InternalError
 from python_backends.manifest import ModelShape
 from python_backends.runtime.base import DecoderSpec, Float32, KvLayout, SlotState, StepInputs, StepOutputs, UInt8
+from python_backends.runtime.kernels import accelerate
 from python_backends.runtime.memory import plan_slots
 from python_backends.runtime.rows import join_rows, single_row
 from python_backends.runtime.slots import DEFAULT_BLOCK_TOKENS, SlotCaches, SlotCopy
@@ -51,6 +52,7 @@ class OnnxRuntimeDecoder:
         memory_limit: bytes for KV caches.
         num_threads: compute threads; 0 takes every physical core.
         block_tokens: tokens of a KV block (`KvLayout`).
+        cpu_kernels: see `Config.cpu_kernels`.
 
     Raises:
         ArtifactError: the graph is missing, corrupt or of another model.
@@ -67,8 +69,9 @@ class OnnxRuntimeDecoder:
         memory_limit: int,
         num_threads: int = 0,
         block_tokens: int = DEFAULT_BLOCK_TOKENS,
+        cpu_kernels: str = "auto",
     ) -> None:
-        self._session = _open(folder / DECODER_FILE, num_threads)
+        self._session = _open(folder / DECODER_FILE, num_threads, cpu_kernels)
         inputs = {item.name: item for item in self._session.get_inputs()}
         if _interface(self._session) != _wanted_interface(model):
             raise ArtifactError(_rebuild(folder / DECODER_FILE, "it is a decoder of another model or version"))
@@ -282,8 +285,8 @@ class OnnxRuntimeVision:
         ArtifactError: the graph is missing or corrupt.
     """
 
-    def __init__(self, folder: Path, *, num_threads: int = 0) -> None:
-        self._session = _open(folder / VISION_FILE, num_threads)
+    def __init__(self, folder: Path, *, num_threads: int = 0, cpu_kernels: str = "auto") -> None:
+        self._session = _open(folder / VISION_FILE, num_threads, cpu_kernels)
         _, channels, height, width = self._session.get_inputs()[0].shape
         _, self._tokens, self._hidden = self._session.get_outputs()[0].shape
         self._image_shape = (int(channels), int(height), int(width))
@@ -317,7 +320,7 @@ class OnnxRuntimeVision:
         del self._session
 
 
-def _open(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
+def _open(path: Path, num_threads: int, cpu_kernels: str) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads or psutil.cpu_count(logical=False) or 1
     options.inter_op_num_threads = 1
@@ -330,7 +333,8 @@ def _open(path: Path, num_threads: int) -> onnxruntime.InferenceSession:
     if not path.is_file():
         raise ArtifactError(_rebuild(path, "it is missing"))
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        model = accelerate(path, options, cpu_kernels)
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the module's exceptions share no base class of their own
         raise ArtifactError(_rebuild(path, f"it cannot be loaded ({error})")) from error
 

@@ -40,6 +40,7 @@ AmxTiles::AmxTiles(int k_bytes) {
   TileConfig config;
   config.bytes_per_row[4] = config.bytes_per_row[5] = static_cast<uint16_t>(k_bytes);
   config.rows[6] = config.rows[7] = static_cast<uint8_t>(k_bytes / 4);
+  asm volatile("" : : "r"(&config) : "memory");  // GCC 12 believes that the instruction reads eight bytes only
   _tile_loadconfig(&config);
 }
 
