@@ -118,7 +118,7 @@ class AnswerWriter:
             calls,
             drawn.prompt_logprobs,
             "tool_calls" if reason == "stop" and answer.called else reason,
-            Usage(sequence.prompt_length, answer.completion_tokens) if reason else None,
+            Usage(sequence.prompt_length, answer.completion_tokens, sequence.cached) if reason else None,
             drawn.error,
         )
         _send(sequence.request, piece)

@@ -131,7 +131,8 @@ def _fill_images(inputs: StepInputs, index: int, row: Row, sequence: ActiveSeque
     if not inside:
         return
     assert request.image_features is not None
-    inputs.image_features = request.image_features[inside[0] * size : (inside[-1] + 1) * size]
+    first = inside[0] - request.encoded_from
+    inputs.image_features = request.image_features[first * size : (first + len(inside)) * size]
     inputs.image_index = np.full_like(inputs.input_ids, -1)
     inputs.image_group = np.full_like(inputs.input_ids, -1)
     for order, number in enumerate(inside):

@@ -26,6 +26,11 @@ class PrefillBudget:
         self._token_s: float | None = None
         self._decode_s = 0.0
 
+    @property
+    def token_s(self) -> float:
+        """What a prompt token takes to compute (s), 0 while nothing was computed."""
+        return self._token_s or 0.0
+
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """A chunk of so many tokens took so long."""
         each = seconds / tokens

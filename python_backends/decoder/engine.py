@@ -10,20 +10,20 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from tokenizers import Tokenizer
 
 from python_backends.config import Config
-from python_backends.decoder.adjustments import Adjustments
 from python_backends.decoder.answers import AnswerWriter, Drawn
 from python_backends.decoder.batch import make_inputs
 from python_backends.decoder.budget import PrefillBudget
-from python_backends.decoder.drafts import PromptLookup
+from python_backends.decoder.intake import Intake
 from python_backends.decoder.masks import StepMasks
 from python_backends.decoder.postprocess import Postprocessor
-from python_backends.decoder.scheduler import Scheduler, Step
-from python_backends.decoder.sequence import ActiveSequence, Request, seeds
+from python_backends.decoder.reuse import Reuse
+from python_backends.decoder.scheduler import Row, Scheduler, Step
+from python_backends.decoder.sequence import ActiveSequence, Request, make_sequence, seeds
 from python_backends.decoder.stats import Stats
 from python_backends.errors import (
     CancelledError,
@@ -33,6 +33,7 @@ from python_backends.errors import (
     ServerUnavailableError,
     WiCoreError,
 )
+from python_backends.kv.cache import Hit, KvCache
 from python_backends.runtime.base import DecoderRuntime, StepOutputs
 
 log = logging.getLogger("wicore")
@@ -42,8 +43,6 @@ IDLE_WAIT_S = 0.5
 WATCH_S = 0.01
 """How often callers are asked whether they have gone."""
 REMEMBER_STOP_S = 60.0
-PROMPT_LOGPROBS_CHUNK = 64
-"""Prompt tokens a step where their log-probabilities are wanted: each needs a row of logits."""
 
 
 class Engine:
@@ -54,6 +53,7 @@ class Engine:
         tokenizer: of the same checkpoint.
         config: queue limits, chunk size, fairness, drafts.
         clock: seconds, monotonic; a test may give its own.
+        cache: keeps KV beyond the requests that computed it; closed with the engine. None: every prompt is computed.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Engine:
         tokenizer: Tokenizer,
         config: Config,
         clock: Callable[[], float] = time.monotonic,
+        cache: KvCache | None = None,
     ) -> None:
         self.spec = runtime.spec
         self.stats = Stats()
@@ -72,16 +73,17 @@ class Engine:
             self.spec.num_slots, config.max_queue, config.max_overtakes, config.quantum_tokens or None
         )
         self._budget = PrefillBudget(config.prefill_chunk, config.target_inter_token_ms / 1000)
+        self._cache = cache
+        self._reuse = Reuse(cache, runtime, lambda: self._budget.token_s)
         self._writer = AnswerWriter(tokenizer)
         self._masks = StepMasks(self.spec, config.max_draft)
         self._postprocessor = Postprocessor(runtime, self._writer, self._masks, self.stats, config.max_draft)
         self._sequences: dict[int, ActiveSequence] = {}
-        self._forks: dict[int, list[ActiveSequence]] = {}
-        """By the sequence that computes the shared beginning: those waiting for it."""
         self._stopped: dict[str, float] = {}
         """By request id, until when a stop holds for the next request of that id."""
         self._ids = itertools.count()
         self._changed = threading.Condition(threading.RLock())
+        self._intake = Intake(self._scheduler, self._reuse, runtime, self._sequences, self._changed)
         self._closing = False
         self._threads = [
             threading.Thread(target=self._loop, name="wicore-engine", daemon=True),
@@ -100,7 +102,34 @@ class Engine:
             InvalidRequestError: the request does not fit the model (`Request.check`).
         """
         request.check(self.spec)
-        sequences = [self._sequence(request, index, seed) for index, seed in enumerate(seeds(request.parameters))]
+        hit = request.hit or self._reuse.look_up(request)
+        try:
+            self._submit(request, hit)
+        except WiCoreError:
+            if hit is not None:
+                hit.release()
+            raise
+
+    def look_up(self, request: Request) -> Hit | None:
+        """What the KV cache holds of a prompt whose images are not encoded yet; None without a cache.
+
+        Give it to `submit` in ``request.hit``, or release it.
+        """
+        return self._reuse.look_up(request)
+
+    def _submit(self, request: Request, hit: Hit | None) -> None:
+        sequences = [
+            make_sequence(
+                request,
+                next(self._ids),
+                index,
+                seed,
+                spec=self.spec,
+                max_draft=self._config.max_draft,
+                now=self._clock(),
+            )
+            for index, seed in enumerate(seeds(request.parameters))
+        ]
         with self._changed:
             if self._closing:
                 raise ServerUnavailableError("the server is shutting down")
@@ -111,7 +140,7 @@ class Engine:
             for sequence in sequences:
                 self._sequences[sequence.sequence_id] = sequence
                 self._writer.begin(sequence)
-            self._queue(sequences)
+            self._intake.queue(sequences, hit)
             self._changed.notify_all()
 
     def stop(self, request_id: str) -> bool:
@@ -137,8 +166,11 @@ class Engine:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+        self._intake.close()
         self._writer.close()
         self._masks.close()
+        if self._cache is not None:
+            self._cache.close()
         self._runtime.close()
 
     @property
@@ -157,14 +189,14 @@ class Engine:
                 "sequences": len(self._sequences),
             }
         slots = {"slots": self.spec.num_slots, "max_context_length": self.spec.max_context_length}
-        return {**now, **slots, "totals": self.stats.read(), "queue_times": self.stats.queue_times()}
+        found = {**now, **slots, "totals": self.stats.read(), "queue_times": self.stats.queue_times()}
+        return found if self._cache is None else {**found, "kv_cache": self._cache.stats()}
 
     def check_integrity(self) -> None:
         """Raise AssertionError where an invariant does not hold."""
         with self._changed:
             self._scheduler.check_integrity()
-            forked = {each.sequence_id for forks in self._forks.values() for each in forks}
-            known = {*self._scheduler.waiting, *self._scheduler.running} | forked
+            known = {*self._scheduler.waiting, *self._scheduler.running, *self._intake.waiting}
             assert known == set(self._sequences), "the scheduler and the engine know different sequences"
 
     # --- one step ---------------------------------------------------------------------------------------------
@@ -172,7 +204,8 @@ class Engine:
     def _loop(self) -> None:
         while (step := self._schedule()) is not None:
             outputs = self._run(step)
-            self._postprocess(step, outputs)
+            if outputs is not None:
+                self._postprocess(step, outputs)
 
     def _schedule(self) -> Step | None:
         """Wait for work; None when closed."""
@@ -195,17 +228,15 @@ class Engine:
                     sequence.begun = True
                     self.stats.waited(self._clock() - sequence.submitted_s)
 
-    def _run(self, step: Step) -> StepOutputs | WiCoreError:
+    def _run(self, step: Step) -> StepOutputs | WiCoreError | None:
+        """None where the step cannot run: something to be moved in is lost, and is computed again."""
         try:
-            for move in step.set_aside:
-                self._sequences[move.sequence_id].state = self._runtime.export_slot(move.slot, move.length)
-            for move in step.resume:
-                sequence = self._sequences[move.sequence_id]
-                assert sequence.state is not None
-                self._runtime.import_slot(move.slot, sequence.state)
-                sequence.state = None
+            if not self._move(step):
+                return None
             masks = self._masks.collect(step, self._sequences)
             inputs = make_inputs(step, self._sequences, self.spec, masks)
+            if self._observed(step):
+                inputs.attention_block = self._reuse.block_tokens
             start = time.perf_counter()
             outputs = self._runtime.step(inputs)
             seconds = time.perf_counter() - start
@@ -215,9 +246,39 @@ class Engine:
         except Exception:
             log.exception("a step failed")
             return InternalError("a decode step failed; see the server's log")
-        self.stats.moved(len(step.set_aside) + len(step.resume))
         self._observe(step, inputs.input_ids.shape, seconds)
         return outputs
+
+    def _move(self, step: Step) -> bool:
+        """Take sequences out of slots and put them in; whether the step can run."""
+        entering = {move.sequence_id for move in step.resume}
+        for move in step.set_aside:
+            sequence = self._sequences[move.sequence_id]
+            sequence.state = self._runtime.export_slot(move.slot, move.length)
+            if move.sequence_id not in entering:  # otherwise it only changes its slot
+                self._reuse.pause(sequence, move.slot, move.length)
+        complete = True
+        for move in step.resume:
+            sequence = self._sequences[move.sequence_id]
+            if sequence.state is not None:
+                self._runtime.import_slot(move.slot, sequence.state)
+                sequence.state = None
+            elif self._reuse.load(sequence, move.slot):
+                self._intake.share(move.sequence_id, move.slot, move.length)
+            else:
+                complete = False
+                self._intake.compute_all(sequence)
+        self.stats.moved(len(step.set_aside) + len(step.resume))
+        return complete
+
+    def _observed(self, step: Step) -> list[Row]:
+        """Rows whose attention the cache wants to see."""
+        rows = []
+        for row in step.rows:
+            sequence = self._sequences[row.sequence_id]
+            if row.samples and self._reuse.wants_masses(sequence, ends_prompt=row.start < sequence.prompt_length):
+                rows.append(row)
+        return rows
 
     def _postprocess(self, step: Step, outputs: StepOutputs | WiCoreError) -> None:
         if isinstance(outputs, WiCoreError):
@@ -225,15 +286,25 @@ class Engine:
             involved |= {move.sequence_id for move in (*step.set_aside, *step.resume)}
             with self._changed:
                 for sequence_id in involved:
-                    self._end(self._sequences[sequence_id], "error", outputs)
+                    self._end(self._sequences[sequence_id], "error", outputs, keep=False)
             return
-        for row, drawn, ended in self._postprocessor.accept(step, outputs, self._sequences):
+        observed = self._observed(step) if outputs.block_attention is not None else []
+        for row, drawn, end in self._postprocessor.accept(step, outputs, self._sequences):
+            sequence = self._sequences[row.sequence_id]
             with self._changed:
                 self._scheduler.computed(row, drawn)
-                if ended:
-                    self._remove(self._sequences[row.sequence_id])
+            # An idle row computes nothing.
+            length = len(sequence.tokens) - 1 if row.samples else row.start + row.count
+            if row.count:
+                self._reuse.computed(sequence, row.slot, length)
+            if row in observed and outputs.block_attention is not None:
+                self._reuse.observe(sequence, outputs.block_attention[row.slot - step.rows[0].slot])
+            if end is not None:
+                with self._changed:
+                    self._remove(sequence)
+                self._writer.write(end)
         for row in step.rows:
-            self._share(row.sequence_id, row.slot, row.start + row.count)
+            self._intake.share(row.sequence_id, row.slot, row.start + row.count)
 
     def _observe(self, step: Step, shape: tuple[int, ...], seconds: float) -> None:
         rows, width = shape
@@ -247,68 +318,6 @@ class Engine:
 
     # --- sequences --------------------------------------------------------------------------------------------
 
-    def _sequence(self, request: Request, index: int, seed: int) -> ActiveSequence:
-        parameters = request.parameters
-        now = self._clock()
-        banned = (*self.spec.eos_token_ids, *parameters.stop_token_ids) if parameters.min_tokens else ()
-        adjusts = bool(parameters.logit_bias or banned) or not parameters.penalties.neutral
-        bias = dict(parameters.logit_bias)
-        adjustments = Adjustments(parameters.penalties, bias, request.input_ids, banned) if adjusts else None
-        # Penalties count what a draft would still have to draw, so they and drafts exclude each other.
-        drafts = self._config.max_draft and parameters.penalties.neutral and not banned
-        return ActiveSequence(
-            sequence_id=next(self._ids),
-            request=request,
-            index=index,
-            max_tokens=min(parameters.max_tokens, self.spec.max_context_length - len(request.input_ids)),
-            queue_deadline_s=now + parameters.queue_timeout_ms / 1000,
-            deadline_s=now + parameters.deadline_ms / 1000,
-            tokens=list(request.input_ids),
-            seed=seed,
-            submitted_s=now,
-            adjustments=adjustments,
-            matcher=request.grammar.matcher() if request.grammar else None,
-            lookup=PromptLookup(request.input_ids) if drafts else None,
-        )
-
-    def _queue(self, sequences: list[ActiveSequence]) -> None:
-        """Queue the answers of one request: all at once, or the first, and the others when the prompt is computed."""
-        first, *others = sequences
-        size = self.spec.tokens_per_image
-        shared = first.prompt_length - 1
-        splits_image = any(start < shared < start + size for start in first.request.image_starts)
-        if others and shared and not splits_image:
-            self._forks[first.sequence_id] = others
-            self._add(first, boundaries=(shared,))
-        else:
-            for sequence in sequences:
-                self._add(sequence)
-
-    def _add(self, sequence: ActiveSequence, boundaries: Sequence[int] = (), computed: int = 0) -> None:
-        parameters, size = sequence.request.parameters, self.spec.tokens_per_image
-        limits = {} if parameters.prompt_logprobs is None else {"largest_chunk": PROMPT_LOGPROBS_CHUNK}
-        self._scheduler.add(
-            sequence.sequence_id,
-            sequence.prompt_length,
-            [(start, start + size) for start in sequence.request.image_starts],
-            priority=parameters.priority,
-            size=sequence.prompt_length + sequence.max_tokens,
-            boundaries=boundaries,
-            computed=computed,
-            **limits,
-        )
-
-    def _share(self, sequence_id: int, slot: int, computed: int) -> None:
-        """Where a shared beginning is computed, queue the sequences that wait for it."""
-        sequence = self._sequences.get(sequence_id)
-        if sequence_id not in self._forks or sequence is None or computed != sequence.prompt_length - 1:
-            return
-        state = self._runtime.export_slot(slot, computed)
-        with self._changed:
-            for fork in self._forks.pop(sequence_id):
-                fork.state = state
-                self._add(fork, computed=computed)
-
     def _sweep(self) -> None:
         """End what was stopped, cancelled, or is past its time. Called with the lock held, between steps."""
         now = self._clock()
@@ -316,6 +325,8 @@ class Engine:
         for sequence in list(self._sequences.values()):
             if sequence.stopped:
                 self._remove(sequence)
+            elif sequence.failure is not None:
+                self._end(sequence, "error", sequence.failure)
             elif self._closing or sequence.cancelled:
                 self._end(sequence, "cancelled", CancelledError("the request was stopped"))
             elif now >= sequence.deadline_s:
@@ -323,21 +334,20 @@ class Engine:
             elif sequence.sequence_id in queued and now >= sequence.queue_deadline_s:
                 self._end(sequence, "deadline", DeadlineExceededError("no slot became free within the queue timeout"))
 
-    def _end(self, sequence: ActiveSequence, reason: str, error: WiCoreError) -> None:
+    def _end(self, sequence: ActiveSequence, reason: str, error: WiCoreError, *, keep: bool = True) -> None:
         """Free the slot first, then tell the caller: who hears the end may count on the slot."""
-        self._remove(sequence)
+        self._remove(sequence, keep=keep)
         self._writer.write(Drawn(sequence, (), (), finish_reason=reason, error=error))
 
-    def _remove(self, sequence: ActiveSequence) -> None:
+    def _remove(self, sequence: ActiveSequence, *, keep: bool = True) -> None:
+        """Forget a sequence; with ``keep`` what it computed stays in the cache."""
+        place = self._scheduler.place(sequence.sequence_id)
+        if keep and place is not None:
+            self._reuse.pause(sequence, *place)
+        self._reuse.give_up(sequence)
         del self._sequences[sequence.sequence_id]
         self._masks.forget(sequence.sequence_id)
-        waiting = next((forks for forks in self._forks.values() if sequence in forks), None)
-        if waiting is not None:
-            waiting.remove(sequence)
-            return
-        self._scheduler.remove(sequence.sequence_id)
-        for fork in self._forks.pop(sequence.sequence_id, ()):  # nobody computes the beginning for them now
-            self._add(fork)
+        self._intake.remove(sequence)
 
     def _watch(self) -> None:
         """Ask callers whether they have gone, beside the steps: the answer can take a while."""

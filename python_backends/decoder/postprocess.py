@@ -37,45 +37,44 @@ class Postprocessor:
 
     def accept(
         self, step: Step, outputs: StepOutputs, sequences: Mapping[int, ActiveSequence]
-    ) -> Iterator[tuple[Row, int, bool]]:
-        """For every row: (row, tokens drawn, whether the sequence has ended)."""
+    ) -> Iterator[tuple[Row, int, Drawn | None]]:
+        """For every row: (row, tokens drawn, the answer's end, which the caller writes once the slot is free)."""
         rows = step.rows[-1].slot - step.rows[0].slot + 1
         going: list[tuple[ActiveSequence, tuple[int, ...]]] = []
-        results = []
+        results: list[tuple[Row, int, Drawn | None]] = []
         for row in step.rows:
             sequence = sequences[row.sequence_id]
             index = row.slot - step.rows[0].slot
             if not row.samples:
                 self._keep_prompt(sequence, row, outputs, index, row.count)
-                results.append((row, 0, False))
+                results.append((row, 0, None))
                 continue
-            drawn, ended = self._draw(sequence, row, outputs, index, rows)
-            results.append((row, len(drawn), ended))
-            if not ended:
+            drawn, end = self._draw(sequence, row, outputs, index, rows)
+            results.append((row, len(drawn), end))
+            if end is None:
                 going.append((sequence, drawn))
         self._masks.submit(going)
         yield from results
 
     def _draw(
         self, sequence: ActiveSequence, row: Row, outputs: StepOutputs, index: int, rows: int
-    ) -> tuple[tuple[int, ...], bool]:
+    ) -> tuple[tuple[int, ...], Drawn | None]:
         wanted = outputs.next_token.shape[1]
         first = wanted - 1 - len(sequence.draft)
         self._keep_prompt(sequence, row, outputs, index, row.count - 1)
         tokens, reason = self._kept(sequence, outputs.next_token[index, first:].tolist())
         columns = slice(first, first + len(tokens))
         if error := self._masks.take_error(sequence.sequence_id):
-            self._writer.write(Drawn(sequence, (), (), finish_reason="error", error=error))
-            return tuple(tokens), True
+            return tuple(tokens), Drawn(sequence, (), (), finish_reason="error", error=error)
         logprobs = tuple(outputs.logprob[index, columns].tolist())
         prompt = _joined(sequence.prompt_parts)
         sequence.prompt_parts.clear()
-        self._writer.write(
-            Drawn(sequence, tuple(tokens), logprobs, _top(sequence, outputs, index, columns), prompt, reason)
-        )
+        written = Drawn(sequence, tuple(tokens), logprobs, _top(sequence, outputs, index, columns), prompt, reason)
+        if not reason:
+            self._writer.write(written)
         self._learn(sequence, len(tokens), rows)
         self._follow(sequence, tokens, rows)
-        return tuple(tokens), bool(reason)
+        return tuple(tokens), written if reason else None
 
     def _kept(self, sequence: ActiveSequence, drawn: list[int]) -> tuple[list[int], str]:
         """The tokens that count: up to the first that differs from the draft, or that ends the answer."""

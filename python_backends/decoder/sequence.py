@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from python_backends.decoder.adjustments import Adjustments
 from python_backends.decoder.drafts import DraftGain, PromptLookup
@@ -13,10 +14,24 @@ from python_backends.decoder.parameters import Parameters
 from python_backends.decoder.tool_calls import ToolCall
 from python_backends.decoder.tools import Tool
 from python_backends.errors import ContextLengthError, ImageCountError, InvalidParameterError, WiCoreError
+from python_backends.kv.blocks import TIERS
 from python_backends.runtime.base import DecoderSpec, Float32, SlotState
+
+if TYPE_CHECKING:
+    from python_backends.decoder.reuse import Reused
+    from python_backends.kv.cache import Hit
 
 TopLogprobs = tuple[tuple[int, float], ...]
 """(token id, log-probability) of the most likely tokens at one position, in falling order."""
+
+
+@dataclass(frozen=True)
+class CachedTokens:
+    """What of a prompt came from the KV cache instead of being computed."""
+
+    by_tier: Mapping[str, int] = field(default_factory=dict)
+    missed: str = "off"
+    """Why it was not more: a `MissReason`, "" where it was all that can be, "off" without a cache."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +40,16 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached: CachedTokens = CachedTokens()
 
     def as_json(self) -> dict[str, object]:
-        """The ``usage`` output; cached tokens per tier stay zero until the KV tiers serve them."""
+        """The ``usage`` output."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "cached_tokens": {"device": 0, "host": 0, "nvme": 0},
+            "cached_tokens": {tier: self.cached.by_tier.get(tier, 0) for tier in TIERS},
+            "cache_miss": self.cached.missed,
         }
 
 
@@ -75,7 +92,17 @@ class Request:
     sink: Callable[[Piece], None]
     image_starts: Sequence[int] = ()
     image_features: Float32 | None = None
-    """[images × tokens per image, D]"""
+    """[images × tokens per image, D], from image ``encoded_from`` on."""
+    encoded_from: int = 0
+    """Images before it have no embeddings: the KV cache holds what was computed from them."""
+    encode_rest: Callable[[], Float32] | None = None
+    """The embeddings of the images before ``encoded_from``, for where their KV is lost meanwhile; it may take long."""
+    image_hashes: Sequence[bytes] = ()
+    """32 bytes for each image: hash of its pixels."""
+    cache_salt: str = ""
+    """Requests share KV with those of the same salt only."""
+    hit: Hit | None = None
+    """What the cache holds of the prompt, where it was looked up already (`Engine.look_up`)."""
     request_id: str = ""
     is_cancelled: Callable[[], bool] = lambda: False
     grammar: Grammar | None = None
@@ -100,7 +127,8 @@ class Request:
         if min(ids) < 0 or max(ids) >= spec.vocab_size:
             raise InvalidParameterError(f"token ids must lie in 0 … {spec.vocab_size - 1}")
         placeholders = sum(1 for token in self.input_ids if token == spec.image_token_id)
-        given = 0 if self.image_features is None else len(self.image_features)
+        given = self.encoded_from * spec.tokens_per_image
+        given += 0 if self.image_features is None else len(self.image_features)
         if placeholders != given or len(self.image_starts) * spec.tokens_per_image != given:
             raise ImageCountError(f"the prompt has {placeholders} image tokens for {given} image embeddings")
 
@@ -126,6 +154,11 @@ class ActiveSequence:
     gain: DraftGain = field(default_factory=DraftGain)
     draft: list[int] = field(default_factory=list)
     """Guesses for the tokens after the next one, checked in the next step."""
+    reused: Reused | None = None
+    """Its side of the KV cache; None without one."""
+    cached: CachedTokens = CachedTokens()
+    failure: WiCoreError | None = None
+    """Why it cannot go on; set by a thread that did something for it."""
     state: SlotState | None = None
     """The KV while the sequence is set aside, or before a shared beginning is put into its slot."""
     cancelled: bool = False
@@ -145,6 +178,33 @@ class ActiveSequence:
     def answered(self) -> int:
         """Tokens of the answer."""
         return len(self.tokens) - self.prompt_length
+
+
+def make_sequence(
+    request: Request, sequence_id: int, index: int, seed: int, *, spec: DecoderSpec, max_draft: int, now: float
+) -> ActiveSequence:
+    """Answer number ``index`` of a request that was submitted ``now`` (s)."""
+    parameters = request.parameters
+    banned = (*spec.eos_token_ids, *parameters.stop_token_ids) if parameters.min_tokens else ()
+    adjusts = bool(parameters.logit_bias or banned) or not parameters.penalties.neutral
+    bias = dict(parameters.logit_bias)
+    adjustments = Adjustments(parameters.penalties, bias, request.input_ids, banned) if adjusts else None
+    # Penalties count what a draft would still have to draw, so they and drafts exclude each other.
+    drafts = max_draft and parameters.penalties.neutral and not banned
+    return ActiveSequence(
+        sequence_id=sequence_id,
+        request=request,
+        index=index,
+        max_tokens=min(parameters.max_tokens, spec.max_context_length - len(request.input_ids)),
+        queue_deadline_s=now + parameters.queue_timeout_ms / 1000,
+        deadline_s=now + parameters.deadline_ms / 1000,
+        tokens=list(request.input_ids),
+        seed=seed,
+        submitted_s=now,
+        adjustments=adjustments,
+        matcher=request.grammar.matcher() if request.grammar else None,
+        lookup=PromptLookup(request.input_ids) if drafts else None,
+    )
 
 
 def seeds(parameters: Parameters) -> list[int]:

@@ -1,0 +1,427 @@
+"""The KV cache as the engine sees it: look a prompt up, load what is held, keep what was computed.
+
+Binds the book-keeper (`KvManager`), the tiers' payloads (`TierStore`) and the threads that move them (`Mover`). The
+book-keeper is called under one lock, which is never held while bytes are read or written. Payloads come and go through
+the runtime (`DecoderRuntime.export_block` …), on the engine's thread alone.
+
+An entry that is being filled is announced to the book-keeper first, so that its room is counted; until it is there no
+move of it is begun, and only the engine's thread, which fills it, could load it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Protocol
+
+from python_backends.errors import EntryLostError, InternalError, TierError
+from python_backends.kv import identity
+from python_backends.kv.blocks import TIERS, EntryId, EntryKey, Match, Move, Tier
+from python_backends.kv.identity import ImageSpan, PromptIds
+from python_backends.kv.tiers.base import MemoryStore, TierStore
+from python_backends.runtime.base import DecoderRuntime, KvLayout
+
+if TYPE_CHECKING:
+    from python_backends.kv.manager import KvManager
+    from python_backends.kv.policies.base import Visit
+
+log = logging.getLogger("wicore")
+
+PAYLOAD_VERSION = 1
+MOVES_AT_ONCE = 16
+"""Moves begun in one go; each that ends makes room for another."""
+LOAD_DEADLINE_S = 2.0
+"""After which a load from NVMe is a miss."""
+WRITE_DEADLINE_S = 30.0
+URGENT, IDLE = 0, 1
+"""Priorities of moves: a request waits; nobody does."""
+
+
+class MoveRunner(Protocol):
+    """What the cache asks of `mover.Mover`."""
+
+    def submit(self, move: Move, *, priority: int, deadline_s: float) -> Future[None]:
+        """Copy a payload on a thread of its own. The future fails with a TierError, also where time is up."""
+        ...
+
+    def close(self) -> None:
+        """End what is under way, and the threads."""
+        ...
+
+
+class KvCache:
+    """See the module. Thread-safe; `keep` and `Hit.load` belong to the engine's thread.
+
+    Args:
+        layout: of the runtime whose KV it holds.
+        fingerprint: what else the KV depends on: weights, precision, kernels.
+        manager: with the limits of ``stores``.
+        stores: by tier; "device" and "host" in memory.
+        mover: copies between tiers; None copies at once on the thread that asks (no waiting on disks then).
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        fingerprint: str,
+        manager: KvManager,
+        stores: Mapping[Tier, TierStore],
+        memory: Mapping[Tier, MemoryStore],
+        mover: MoveRunner | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.layout = layout
+        self._fingerprint = hashlib.sha256(f"{fingerprint}/{layout.identity}".encode()).digest()
+        self._manager = manager
+        self._stores = dict(stores)
+        self._memory = dict(memory)
+        self._mover = mover
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._filling: set[EntryId] = set()
+        self._closed = False
+
+    # --- looking up -----------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, tokens: Sequence[int], images: Sequence[ImageSpan] = (), cache_salt: str = "") -> PromptIds:
+        """The ids of a prompt's entries."""
+        root = identity.root_id(
+            fingerprint=self._fingerprint,
+            dtype=self.layout.dtype,
+            layout_version=PAYLOAD_VERSION,
+            block_tokens=self.layout.block_tokens,
+            cache_salt=cache_salt,
+        )
+        return PromptIds(
+            tokens,
+            images=images,
+            root=root,
+            block_tokens=self.layout.block_tokens,
+            salt=identity.salt_hash(cache_salt),
+        )
+
+    def look_up(self, ids: PromptIds, limit: int) -> Hit:
+        """The longest beginning of at most ``limit`` tokens that is held; what of it lies on NVMe is being loaded."""
+        hit = Hit(self, ids, limit)
+        hit._find()
+        return hit
+
+    def held_blocks(self, ids: PromptIds) -> int:
+        """Blocks from the first on that are held without a gap."""
+        with self._lock:
+            return self._manager.match(ids, len(ids), self._clock()).deepest_block_match // self.layout.block_tokens
+
+    def _match(self, ids: PromptIds, limit: int) -> Match:
+        with self._lock:
+            match = self._manager.match(ids, limit, self._clock())
+            self._manager.acquire(match.keys)
+            return match
+
+    def _release(self, keys: Sequence[EntryKey]) -> None:
+        with self._lock:
+            self._manager.release(keys)
+
+    def _prefetch(self, keys: Sequence[EntryKey], done: Callable[[], None]) -> None:
+        """Bring entries into host memory; ``done`` is called once, maybe at once, maybe from another thread."""
+        target: Tier = "host" if "host" in self._memory else "device"
+        with self._lock:
+            moves = self._begun(self._manager.plan_prefetch(keys, target, self._clock()))
+        pending = _Countdown(len(moves), done)
+        for move in moves:
+            self._run(move, URGENT, LOAD_DEADLINE_S, pending.tick)
+
+    # --- keeping --------------------------------------------------------------------------------------------------
+
+    def keep(
+        self,
+        key: EntryKey,
+        export: Callable[[memoryview], None],
+        *,
+        recompute_s: float = 0.0,
+        visit: Visit | None = None,
+    ) -> bool:
+        """Take an entry up; ``export`` fills its payload. Whether it is held now.
+
+        ``recompute_s`` is what computing it again would take, the entries before it given; ``visit`` is the request's.
+        """
+        with self._lock:
+            if self._closed:
+                return False
+            insert = self._manager.insert(key, "device", self._clock(), recompute_s=recompute_s, visit=visit)
+            self._filling |= {key.id} if insert.accepted and not insert.known else set()
+        for move in insert.evict:
+            self._run(move, URGENT, WRITE_DEADLINE_S, inline=True)
+        if not insert.accepted or insert.known:
+            return insert.known
+        held = self._fill(key, export)
+        self.rebalance()
+        return held
+
+    def _fill(self, key: EntryKey, export: Callable[[memoryview], None]) -> bool:
+        try:
+            with self._memory["device"].fill(key) as room:
+                export(room)
+        except TierError as error:
+            with self._lock:
+                self._manager.lost(key, "device", error.reason, self._clock())
+            return False
+        finally:
+            with self._lock:
+                self._filling.discard(key.id)
+        return True
+
+    def touch(self, keys: Sequence[EntryKey]) -> Visit:
+        """A request uses these entries, maybe none; give the visit to `keep` with what it adds."""
+        with self._lock:
+            return self._manager.touch(keys, self._clock())
+
+    def observe(self, keys: Sequence[EntryKey], masses: Sequence[float]) -> None:
+        """Attention that entries in use received, relative to the mean of their prompt's blocks."""
+        with self._lock:
+            self._manager.observe(keys, masses)
+
+    # --- moving ---------------------------------------------------------------------------------------------------
+
+    def rebalance(self) -> None:
+        """Begin the moves that tiers above their watermark and pinned entries ask for."""
+        with self._lock:
+            if self._closed:
+                return
+            moves = self._begun(self._manager.plan_moves(self._clock(), MOVES_AT_ONCE))
+        for move in moves:
+            self._run(move, IDLE, WRITE_DEADLINE_S, self._go_on)
+
+    def _go_on(self) -> None:
+        # Without threads of its own a move ends before `rebalance` returns; it would call itself for ever deeper.
+        if self._mover is not None:
+            self.rebalance()
+
+    def _begun(self, moves: Sequence[Move]) -> list[Move]:
+        return [move for move in moves if move.key.id not in self._filling and self._manager.begin(move, self._clock())]
+
+    def _run(
+        self,
+        move: Move,
+        priority: int,
+        deadline_s: float,
+        done: Callable[[], None] = lambda: None,
+        *,
+        inline: bool = False,
+    ) -> None:
+        """Carry out a move that has begun, and end it in the books."""
+        if move.target is None:
+            self._finish(move, None)
+            done()
+        elif self._mover is None or inline:
+            self._finish(move, self._copy(move, move.target))
+            done()
+        else:
+            future = self._mover.submit(move, priority=priority, deadline_s=deadline_s)
+            future.add_done_callback(functools.partial(self._copied, move, done))
+
+    def _copy(self, move: Move, target: Tier) -> TierError | None:
+        try:
+            if move.source in self._memory:
+                with self._memory[move.source].view(move.key) as payload:
+                    self._stores[target].write(move.key, payload)
+            else:
+                with self._memory[target].fill(move.key) as room:
+                    self._stores[move.source].read(move.key, room)
+        except TierError as error:
+            return error
+        return None
+
+    def _copied(self, move: Move, done: Callable[[], None], future: Future[None]) -> None:
+        error = None if future.cancelled() else future.exception()
+        if future.cancelled():
+            error = TierError("cancelled", "cancelled")
+        elif error is not None and not isinstance(error, TierError):
+            log.error("moving a KV entry failed", exc_info=error)
+            error = TierError(str(error), "unexpected")
+        self._finish(move, error)
+        done()
+
+    def _finish(self, move: Move, error: TierError | None) -> None:
+        with self._lock:
+            now = self._clock()
+            reason = "" if error is None else error.reason
+            drops = self._manager.finish(move, now, ok=error is None, reason=reason)
+            if isinstance(error, EntryLostError):
+                self._manager.lost(move.key, move.source, reason, now)
+            for store in self._stores.values():
+                for key in store.take_lost():
+                    self._manager.lost(key, store.name, "damaged", now)
+        for key, tier in drops:
+            self._stores[tier].drop(key)
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def view(self, key: EntryKey) -> Iterator[memoryview]:
+        """A payload in memory. Raises EntryLostError where no tier in memory has it."""
+        for tier in TIERS:
+            if tier in self._memory and self._memory[tier].contains(key):
+                with self._memory[tier].view(key) as payload:
+                    yield payload
+                return
+        raise EntryLostError(f"a {key.kind} of {key.position} tokens is not in memory", "missing")
+
+    def in_memory(self, key: EntryKey) -> bool:
+        """Whether `view` would find it."""
+        return any(store.contains(key) for store in self._memory.values())
+
+    def stats(self) -> dict[str, object]:
+        """Of the book-keeper and of every tier; JSON-ready."""
+        with self._lock:
+            found = dict(self._manager.stats())
+        return {"manager": found, "tiers": {tier: store.stats().as_dict() for tier, store in self._stores.items()}}
+
+    def check_integrity(self) -> None:
+        """Raise InternalError where the books disagree with themselves or with what the tiers hold."""
+        with self._lock:
+            self._manager.check_integrity()
+        for store in self._stores.values():
+            store.check_integrity()
+
+    def close(self) -> None:
+        """End the moves and close the tiers; what is on NVMe stays for the next server."""
+        with self._lock:
+            self._closed = True
+        if self._mover is not None:
+            self._mover.close()
+        for store in self._stores.values():
+            store.close()
+
+
+class Hit:
+    """What of a prompt the cache holds, kept where it is until `release`. Made by `KvCache.look_up`."""
+
+    def __init__(self, cache: KvCache, ids: PromptIds, limit: int) -> None:
+        self.ids = ids
+        self.cache = cache
+        self._limit = limit
+        self._match: Match | None = None
+        self._loading = False
+        self._released = False
+        self._then: Callable[[], None] = lambda: None
+
+    def _find(self) -> None:
+        # A tail one token further serves as well: its window reaches far enough back (`DecoderRuntime.import_blocks`).
+        further = self.ids.can_resume_at(self._limit) and self._limit < len(self.ids)
+        self._match = match = self.cache._match(self.ids, self._limit + further)
+        cold = [key for key in match.keys if not self.cache.in_memory(key)]
+        if cold:
+            self._loading = True
+            self.cache._prefetch(cold, self._loaded)
+
+    def _loaded(self) -> None:
+        """Loads are over: keep what came, or else the longest beginning that is in memory without them."""
+        assert self._match is not None
+        cache = self.cache
+        with cache._lock:
+            if not self._released and not all(cache.in_memory(key) for key in self._match.keys):
+                self._fall_back()
+            self._loading = False
+            then = self._then
+        then()
+
+    def _fall_back(self) -> None:
+        assert self._match is not None
+        cache, before = self.cache, self._match
+        cache._release(before.keys)
+        limit = before.length - 1
+        while limit > 0:
+            match = cache._match(self.ids, limit)
+            if all(cache.in_memory(key) for key in match.keys):
+                break
+            cache._release(match.keys)
+            limit = match.length - 1
+        else:
+            match = cache._match(self.ids, 0)
+        self._match = match
+
+    @property
+    def match(self) -> Match:
+        """What was found."""
+        assert self._match is not None
+        return self._match
+
+    @property
+    def length(self) -> int:
+        """Tokens that need not be computed."""
+        return min(self.match.length, self._limit)
+
+    @property
+    def missed(self) -> str:
+        """Why it is not more; "" where it is all but what must be computed."""
+        return "" if self.match.length >= self._limit else self.match.missed
+
+    @property
+    def loading(self) -> bool:
+        """Whether a part of it is on its way into memory; `length` may shrink until that is over."""
+        return self._loading
+
+    def when_loaded(self, then: Callable[[], None]) -> bool:
+        """Have ``then`` called, from another thread, when nothing is on its way any more; False: that is so now."""
+        with self.cache._lock:
+            if self._loading:
+                self._then = then
+            return self._loading
+
+    @property
+    def tokens_by_tier(self) -> dict[str, int]:
+        """How many of the `length` tokens came from each tier."""
+        found: dict[str, int] = dict.fromkeys(TIERS, 0)
+        end = 0
+        match = self.match
+        tiers = [*match.block_tiers, *([] if match.tail_tier is None else [match.tail_tier])]
+        for key, tier in zip(match.keys, tiers, strict=True):
+            found[tier] += max(0, min(key.position, self.length) - end)
+            end = key.position
+        return found
+
+    def load(self, runtime: DecoderRuntime, slot: int) -> bool:
+        """Put the tokens into a slot; False where an entry was lost, and nothing of the slot may be used."""
+        match = self.match
+        if match.tail is None or self._loading:
+            raise InternalError("nothing was found, or it is not in memory yet")
+        with contextlib.ExitStack() as stack:
+            try:
+                views = [stack.enter_context(self.cache.view(key)) for key in match.keys]
+            except EntryLostError:
+                return False
+            runtime.import_blocks(slot, views[:-1], views[-1], match.length, keep=self.length)
+        return True
+
+    def release(self) -> None:
+        """Let go of it. May be called again."""
+        with self.cache._lock:
+            if not self._released:
+                self._released = True
+                self.cache._release(self.match.keys)
+
+
+class _Countdown:
+    """Calls ``done`` when so many others are."""
+
+    def __init__(self, count: int, done: Callable[[], None]) -> None:
+        self._count = count
+        self._done = done
+        self._lock = threading.Lock()
+        if not count:
+            done()
+
+    def tick(self) -> None:
+        """Another one is done."""
+        with self._lock:
+            self._count -= 1
+            last = not self._count
+        if last:
+            self._done()
