@@ -60,6 +60,12 @@ def lock_folder(folder: Path) -> int:
     return fd
 
 
+def room_for(folder: Path) -> int:
+    """Bytes on the disk that are free or taken by the tier already."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize + sum(path.stat().st_blocks * 512 for path in folder.glob(f"*{SUFFIX}"))
+
+
 @dataclass(slots=True)
 class Foreign:
     """A file of another model or layout, or one that could not be read: kept until its room is wanted."""

@@ -14,15 +14,16 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from python_backends.errors import InternalError, TierFullError
 from python_backends.kv.blocks import EntryId, EntryKey
 from python_backends.kv.tiers.checksum import ALGORITHMS, FASTEST
 from python_backends.kv.tiers.files import Staging, padded_for_write, sync_folder
 from python_backends.kv.tiers.folder import LogOptions, recover_folder
-from python_backends.kv.tiers.records import PAGE, Header, Superblock, dead_page, pages, record_bytes
+from python_backends.kv.tiers.records import PAGE, Header, Superblock, pages, record_bytes
 from python_backends.kv.tiers.segments import Record, Segment, create_segment
 
 BATCH_BYTES = 16 * 2**20
@@ -191,7 +192,9 @@ class SegmentLog:
                 return active
             if active is not None:
                 self._seal(active)
-            if self._fits(self.options.segment_bytes * (1 if collecting else 2)):
+            # One segment is kept back, so that collection always has somewhere to copy to.
+            wanted = self.options.segment_bytes * (1 if collecting else 2)
+            if self._fits(wanted) and self._disk_has(wanted):
                 self._active = self._create()
             elif collecting:
                 raise TierFullError("the NVMe tier has no segment left to collect into", "room")
@@ -201,11 +204,12 @@ class SegmentLog:
     def _fits(self, more_bytes: int) -> bool:
         return self.reserved_bytes + more_bytes <= self.options.limit_bytes
 
+    def _disk_has(self, more_bytes: int) -> bool:
+        disk = os.statvfs(self.options.folder)
+        return disk.f_bavail * disk.f_frsize >= more_bytes + self.options.free_floor_bytes
+
     def _create(self) -> Segment:
         options = self.options
-        disk = os.statvfs(options.folder)
-        if disk.f_bavail * disk.f_frsize < options.segment_bytes + options.free_floor_bytes:
-            raise TierFullError(f"the disk of {options.folder} has no room above the floor that stays free", "disk")
         superblock = Superblock(
             self._next_number, options.segment_bytes, options.wall(), options.fingerprint, os.urandom(16)
         )
@@ -236,7 +240,10 @@ class SegmentLog:
         else:
             sealed = [segment for segment in self.segments.values() if segment.sealed]
             victim = max(sealed, key=lambda segment: segment.garbage_share, default=None)
-            if victim is None or victim.garbage_share < 1 - COPY_SHARE:
+            room = self._disk_has(self.options.segment_bytes)
+            if not room or victim is None or victim.garbage_share < 1 - COPY_SHARE:
+                if not self._disk_has(2 * self.options.segment_bytes):
+                    raise TierFullError(f"the disk of {self.options.folder} has no room above the floor", "disk")
                 raise TierFullError("the NVMe tier is full", "room")
             # An earlier server's segments may be smaller than ours, so that removing one did not restore the reserve.
             if self._fits(self.options.segment_bytes):
@@ -289,14 +296,7 @@ class SegmentLog:
                 self._buried.append(record)
             elif not record.segment.removed:
                 with contextlib.suppress(OSError):
-                    self._bury(record)
-
-    def _bury(self, record: Record) -> None:
-        """Nothing but its length stays in the file, and its payload's bytes go back to the disk."""
-        file, header = record.segment.file, record.header
-        file.write(header.offset, [Staging().page(dead_page(header, record.segment.superblock))])
-        if header.stored_bytes:
-            file.clear(header.offset + PAGE, pages(header.stored_bytes))
+                    record.segment.mark_dead(record)
 
     def _remove_empty(self) -> None:
         while self._empty:
@@ -341,26 +341,25 @@ class SegmentLog:
             self.forget(key)
         with self._appending:
             self._remove_empty()
-            touched = set()
             while self._buried:
                 record = self._buried[0]
                 if not record.segment.removed:
-                    self._bury_or_remove(record)
-                    touched.add(record.segment)
+                    self._or_remove(record.segment, partial(record.segment.mark_dead, record))
                 self._buried.popleft()
-            for segment in touched:
+            for segment in [segment for segment in self.segments.values() if segment.dead]:
+                self._or_remove(segment, segment.clear_dead)
                 if not segment.removed:
                     segment.file.sync()
             sync_folder(self.options.folder)
 
-    def _bury_or_remove(self, record: Record) -> None:
+    def _or_remove(self, segment: Segment, erase: Callable[[], None]) -> None:
         try:
-            self._bury(record)
+            erase()
         except OSError:
-            if record.segment is self._active:
+            segment.sealed = True
+            if segment is self._active:
                 self._active = None
-            record.segment.sealed = True
-            self._remove(record.segment)
+            self._remove(segment)
 
     def close(self) -> None:
         """Take off the disk what was dropped, and close every file that nobody reads."""

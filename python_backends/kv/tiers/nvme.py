@@ -14,38 +14,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from python_backends.errors import ConfigError, EntryLostError, TierFullError, TierIoError
+from python_backends.errors import EntryLostError, TierFullError, TierIoError
 from python_backends.kv.blocks import EntryKey, Tier
 from python_backends.kv.tiers.base import TierStats, WriteFailure
 from python_backends.kv.tiers.checksum import ALGORITHMS, FASTEST
 from python_backends.kv.tiers.codec import Codec
 from python_backends.kv.tiers.files import PaddedRead, SegmentFile, Staging, probe_direct_io
-from python_backends.kv.tiers.folder import LogOptions, lock_folder
+from python_backends.kv.tiers.folder import LogOptions, lock_folder, room_for
 from python_backends.kv.tiers.limits import DAY_S, Breaker, Clock, WriteBudget
 from python_backends.kv.tiers.log import COPY_SHARE, Item, SegmentLog
 from python_backends.kv.tiers.records import PAGE, BadPageError, Header, record_bytes
-from python_backends.kv.tiers.segments import OpenFile, Record
+from python_backends.kv.tiers.segments import OpenFile, Record, least_limit_for, segment_bytes_for
 
-MIB = 2**20
-LONGEST_READ = 64 * MIB
+LONGEST_READ = 64 * 2**20
 """Of one system call, unless a single record is larger."""
-
-
-def segment_bytes_for(limit_bytes: int, largest_bytes: int) -> int:
-    """Size of the segments: 64 MiB or 16 of the largest entries, but at least eight segments where the limit is small.
-
-    Raises ConfigError where not even four of four entries each fit the limit.
-    """
-    largest = record_bytes(largest_bytes)
-    least = 4 * largest + PAGE
-    wanted = max(64 * MIB, 16 * largest)
-    size = max(least, min(wanted, limit_bytes // 8)) // PAGE * PAGE
-    if 4 * size > limit_bytes:
-        raise ConfigError(
-            f"an NVMe tier of {limit_bytes / 1e6:.3g} MB is too small for entries of {largest_bytes / 1e6:.3g} MB; "
-            f"give it at least {4 * least / 1e6:.3g} MB or turn it off"
-        )
-    return size
 
 
 class NvmeStore:
@@ -53,7 +35,7 @@ class NvmeStore:
 
     Args:
         folder: made for this user alone, and locked while the store is open.
-        limit_bytes: what the files may take.
+        limit_bytes: what the files may take; clipped to what the disk has above the floor.
         fingerprint: model, dtype and layout; entries of another one are not seen, and go first where room is needed.
         block_bytes, largest_bytes: payload of a block, and of the largest tail.
         free_floor_bytes: room on the disk that is left to others.
@@ -88,13 +70,10 @@ class NvmeStore:
         wall: Clock = time.time,
         open_file: OpenFile = SegmentFile,
     ) -> None:
-        self.limit_bytes = limit_bytes
         self._codec = codec
         block, largest = (n if codec is None else codec.stored_bytes(n) for n in (block_bytes, largest_bytes))
-        segment_bytes = segment_bytes_for(limit_bytes, max(block, largest))
-        # Every file but two may be at the share up to which collection still pays.
-        room = (limit_bytes // segment_bytes - 2) * (COPY_SHARE * segment_bytes - 2 * PAGE)
-        self.usable_bytes = int(room * block_bytes / record_bytes(block))
+        largest = max(block, largest)
+        segment_bytes_for(limit_bytes, largest)  # refuses a limit that is too small before anything is made
         self._clock = clock
         self._breaker = breaker or Breaker(clock=clock)
         self._closed = False
@@ -107,6 +86,12 @@ class NvmeStore:
         except OSError as error:
             raise TierIoError(f"{folder} cannot be used for the NVMe tier: {error}", "io") from error
         try:
+            room = max(least_limit_for(largest), room_for(folder) - free_floor_bytes)
+            self.limit_bytes = min(limit_bytes, room)
+            segment_bytes = segment_bytes_for(self.limit_bytes, largest)
+            # Every file but two may be full up to the share at which collection still pays.
+            payloads = (self.limit_bytes // segment_bytes - 2) * (COPY_SHARE * segment_bytes - 2 * PAGE)
+            self.usable_bytes = int(payloads * block_bytes / record_bytes(block))
             self.direct = probe_direct_io(folder)
             self._budget = WriteBudget(write_budget_bytes, folder / "budget.json", clock, wall)
             self._log = SegmentLog(

@@ -2,7 +2,8 @@
 
 A record is a header page and its payload, padded to pages, so that direct I/O takes both from where they lie. A header
 names its entry in full, its own place (segment nonce and offset, so that stale or misplaced pages are never taken for
-records) and the digests of payload and header. A *dead* header keeps only the length, for whoever walks the file.
+records) and the digests of payload and header. A *dead* header keeps only the length, for whoever walks the file;
+*cleared* means that the payload's bytes are gone too.
 Numbers are little-endian.
 """
 
@@ -26,7 +27,7 @@ _SUPERBLOCK = struct.Struct("<QQd32s16s")
 _RECORD_MAGIC, _SUPERBLOCK_MAGIC = b"WiCoreKV", b"WiCoreSG"
 _KINDS: dict[EntryKind, int] = {"block": 1, "tail": 2}
 _NAMES: dict[int, EntryKind] = {1: "block", 2: "tail"}
-_DEAD = 3
+_DEAD, _CLEARED = 3, 4
 _NOTHING = bytes(32)
 
 
@@ -91,6 +92,8 @@ class Header:
     digest: bytes = bytes(DIGEST_BYTES)
     """Of the stored payload."""
     algorithm: int = FASTEST
+    cleared: bool = False
+    """Of a dead one: nothing of the payload is left."""
 
     @property
     def end(self) -> int:
@@ -100,7 +103,7 @@ class Header:
     def encode(self) -> bytes:
         """One page."""
         key = self.key or EntryKey(_NOTHING, "block", _NOTHING, 0, 0, _NOTHING)
-        kind = _KINDS[key.kind] if self.key else _DEAD
+        kind = _KINDS[key.kind] if self.key else _CLEARED if self.cleared else _DEAD
         body = _RECORD.pack(
             self.offset, self.stored_bytes, key.num_bytes, key.position, key.id, key.parent, key.salt,
             self.fingerprint, self.nonce, self.digest,
@@ -118,17 +121,17 @@ class Header:
         id_, parent, salt, fingerprint, nonce = names
         if at != offset or nonce != superblock.nonce:
             raise BadPageError("identity")
-        if kind == _DEAD:
-            return Header(offset, stored, None, fingerprint, nonce, digest, algorithm)
+        if kind in (_DEAD, _CLEARED):
+            return Header(offset, stored, None, fingerprint, nonce, digest, algorithm, kind == _CLEARED)
         if kind not in _NAMES or fingerprint != superblock.fingerprint:
             raise BadPageError("identity")
         key = EntryKey(id_, _NAMES[kind], parent, position, num_bytes, salt)
         return Header(offset, stored, key, fingerprint, nonce, digest, algorithm)
 
 
-def dead_page(header: Header, superblock: Superblock) -> bytes:
-    """What is written over the header of a record that is gone: nothing of its entry but the length."""
-    return Header(header.offset, header.stored_bytes, None, nonce=superblock.nonce).encode()
+def dead_header(offset: int, end: int, superblock: Superblock, *, cleared: bool = False) -> Header:
+    """What is written over records ``[offset, end)`` that are gone: nothing of their entries but the length."""
+    return Header(offset, end - offset - PAGE, None, nonce=superblock.nonce, cleared=cleared)
 
 
 def _page(content: bytes, algorithm: int) -> bytes:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from python_backends.errors import ConfigError
 from python_backends.kv.tiers.checksum import ALGORITHMS
 from python_backends.kv.tiers.files import SegmentFile, Staging
-from python_backends.kv.tiers.records import PAGE, BadPageError, Header, Superblock, pages, record_bytes
+from python_backends.kv.tiers.records import PAGE, BadPageError, Header, Superblock, dead_header, pages, record_bytes
 
+MIB = 2**20
 SUFFIX, UNFINISHED = ".segment", ".tmp"
 OpenFile = Callable[..., SegmentFile]
 """`SegmentFile`, or a subclass whose medium misbehaves."""
@@ -45,6 +47,8 @@ class Segment:
     live: dict[int, Record] = field(default_factory=dict)
     """Records that are held, by offset."""
     live_bytes: int = 0
+    dead: list[Header] = field(default_factory=list)
+    """Records that are marked dead in the file, their payloads not cleared."""
     readers: int = 0
     removed: bool = False
 
@@ -62,6 +66,28 @@ class Segment:
         """Not held any more."""
         del self.live[record.header.offset]
         self.live_bytes -= record.num_bytes
+
+    def mark_dead(self, record: Record) -> None:
+        """Take an entry's name off the medium. Raises OSError."""
+        header = dead_header(record.header.offset, record.header.end, self.superblock)
+        self.file.write(header.offset, [Staging().page(header.encode())])
+        self.dead.append(header)
+
+    def clear_dead(self) -> None:
+        """Take the payloads of dead records off the medium too, neighbours in one piece. Raises OSError."""
+        self.dead.sort(key=lambda header: header.offset)
+        while self.dead:
+            first, count = self.dead[0], 1
+            while count < len(self.dead) and self.dead[count - 1].end == self.dead[count].offset:
+                count += 1
+            end = self.dead[count - 1].end
+            # The length first, so that a walk of the file finds its way whenever it stops.
+            for cleared in (False, True):
+                header = dead_header(first.offset, end, self.superblock, cleared=cleared)
+                self.file.write(header.offset, [Staging().page(header.encode())])
+                if not cleared and end > first.offset + PAGE:
+                    self.file.clear(first.offset + PAGE, end - first.offset - PAGE)
+            del self.dead[:count]
 
     def seal(self) -> None:
         """No more appends; what was reserved and not used goes back to the disk."""
@@ -151,6 +177,8 @@ def scan_segment(segment: Segment) -> Scan:
             break
         if header.key is not None:
             scan.headers.append(header)
+        elif not header.cleared:
+            segment.dead.append(header)
         at = header.end
     segment.end = at
     if length == segment.superblock.size:
@@ -191,3 +219,23 @@ def _cut_unfinished(segment: Segment, scan: Scan) -> None:
         scan.headers.pop()
         segment.end = header.offset
         staging.reset()
+
+
+def least_limit_for(largest_bytes: int) -> int:
+    """Smallest limit with which a log works: four segments of four of the largest entries each."""
+    return 4 * (4 * record_bytes(largest_bytes) + PAGE)
+
+
+def segment_bytes_for(limit_bytes: int, largest_bytes: int) -> int:
+    """Size of the segments: 64 MiB or 16 of the largest entries, but at least eight segments where the limit is small.
+
+    Raises ConfigError where the limit is below `least_limit_for`.
+    """
+    least = least_limit_for(largest_bytes)
+    if limit_bytes < least:
+        raise ConfigError(
+            f"an NVMe tier of {limit_bytes / 1e6:.3g} MB is too small for entries of {largest_bytes / 1e6:.3g} MB; "
+            f"give it at least {least / 1e6:.3g} MB or turn it off"
+        )
+    wanted = max(64 * MIB, 16 * record_bytes(largest_bytes))
+    return max(least // 4, min(wanted, limit_bytes // 8)) // PAGE * PAGE

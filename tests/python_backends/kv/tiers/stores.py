@@ -8,7 +8,7 @@ from python_backends.errors import EntryLostError
 from python_backends.kv.blocks import EntryKey
 from python_backends.kv.tiers.files import SegmentFile
 from python_backends.kv.tiers.nvme import NvmeStore
-from tests.python_backends.kv.tiers.payloads import payload, room
+from tests.python_backends.kv.tiers.payloads import entry, payload, room
 
 BLOCK, TAIL = 3000, 40_000
 LIMIT = 2**21
@@ -84,3 +84,8 @@ class _Faulty(SegmentFile):
             super().write(offset, buffers[:1])
             raise OSError(errno.EIO, "a write that fails")
         super().write(offset, buffers)
+
+
+def numbered(number):
+    """Entry ``number`` of a mix of blocks and tails."""
+    return entry(number, *((TAIL, "tail") if number % 17 == 0 else (BLOCK, "block")))

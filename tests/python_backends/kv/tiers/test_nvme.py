@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from python_backends.errors import ConfigError, EntryLostError, TierFullError, TierIoError, TierLockedError
-from python_backends.kv.tiers.nvme import MIB, segment_bytes_for
+from python_backends.kv.tiers.segments import MIB, segment_bytes_for
 from tests.python_backends.kv.tiers.payloads import entry, payload
 from tests.python_backends.kv.tiers.stores import (
     BLOCK,
@@ -24,6 +24,8 @@ from tests.python_backends.kv.tiers.stores import (
     write,
 )
 
+SHARED_MEMORY = Path("/dev/shm")
+
 
 class Operations(RuleBasedStateMachine):
     """Writes, reads, drops, erasures, restarts and crashes in any order, never above what is usable.
@@ -33,7 +35,8 @@ class Operations(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.folder = TemporaryDirectory()
+        # In memory where there is such a place: the medium's speed proves nothing here.
+        self.folder = TemporaryDirectory(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         self.store = open_store(Path(self.folder.name))
         self.held, self.dropped, self.erased = {}, {}, []
         self.count = 0
