@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from python_backends.kv.blocks import Tier
 from python_backends.kv.policies.base import BlockStats
 
 
 class Admission(Protocol):
-    """Asked before an entry is written to a tier."""
+    """Asked when an entry could be demoted to NVMe."""
 
-    def admits(self, entry: BlockStats, tier: Tier, now: float) -> bool:
-        """Whether to write it; if so the bytes are counted against the budget."""
+    def admits(self, entry: BlockStats, now: float) -> bool:
+        """Whether to write it; if so its bytes are counted against the budget."""
         ...

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,26 @@ class ImageSpan:
     end: int
     content: bytes
     """32 bytes: hash of everything its embeddings are made of (pixels after preprocessing)."""
+
+
+class EntryIds(Protocol):
+    """What looking up needs of a prompt: `PromptIds`, or ids that a recorded trace names."""
+
+    def __len__(self) -> int:
+        """Tokens."""
+        ...
+
+    def block_id(self, index: int) -> EntryId:
+        """See `PromptIds`."""
+        ...
+
+    def can_resume_at(self, length: int) -> bool:
+        """See `PromptIds`."""
+        ...
+
+    def tail_id(self, length: int) -> EntryId:
+        """See `PromptIds`."""
+        ...
 
 
 def _hash(kind: bytes, *parts: bytes) -> bytes:

@@ -2,45 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Protocol
 
 from python_backends.kv.blocks import EntryKey
 
 
 @dataclass(slots=True, eq=False)
+class Visit:
+    """One request's use of the cache, shared by all entries it matched or made.
+
+    A request *continues* the visit before it where it goes on from at least half of what that one reached: the next
+    turn of a conversation, a retry, a branch late in a prompt. One that shares no more than a system prompt does not.
+    """
+
+    time: float
+    matched: int = 0
+    """Tokens that were held."""
+    end: int = 0
+    """Tokens up to and with its last entry so far."""
+    turn: int = 1
+    """How many visits in a row continued one another."""
+    gap: float = 0.0
+    """Seconds since the visit it continues; 0 where there is none."""
+
+
+@dataclass(slots=True, eq=False)
 class BlockStats:
     """What is known of one entry; the manager keeps it up to date, policies only read it.
 
-    Times are seconds on the caller's clock. The statistics outlive a move between tiers, and survive a drop for as
-    long as the manager remembers the entry.
+    Outlives a move between tiers, and survives a drop for as long as the manager remembers the entry.
     """
 
     key: EntryKey
-    inserted: float
-    last_use: float
-    """Of the newest request that matched or made it."""
+    visit: Visit
+    """The newest that used it."""
     uses: int = 1
-    """Requests that matched or made it."""
-    gap: float = 0.0
-    """Seconds between the two newest uses; 0 before the second."""
-    behind: int = 0
-    """Entries of the newest request's prompt behind this one: 0 for its last."""
+    """Visits that used it."""
     mass: float | None = None
     """Attention received, relative to the mean of its prompt's blocks (1.0 = as much as any other), averaged over the
-    newest uses; None where it was never measured."""
+    newest visits; None where it was never measured."""
     recompute_s: float = 0.0
-    """Seconds to compute it again, its predecessors given."""
-    children: int = 0
-    """Entries that are held anywhere and cannot be used without this one."""
-    slot: dict[str, object] = field(default_factory=dict)
+    """Seconds to compute it again, its predecessors given; 0 where unknown."""
 
 
 class Policy(Protocol):
-    """Order of eviction in one tier. Called under the cache's lock; every call amortised O(log entries).
+    """Order of eviction in one tier. Called under the cache's lock.
 
-    Only leaves leave: an entry in the tier that has a child in the same tier is *shielded*, since the child would be
+    Only leaves leave: an entry with a child in the same tier or a faster one is *shielded*, since the child would be
     useless without it. The manager says when an entry becomes a leaf of the tier and when it stops being one.
     """
 
@@ -50,30 +60,32 @@ class Policy(Protocol):
         ...
 
     def on_insert(self, entry: BlockStats, now: float) -> None:
-        """It came into the tier, new or from another tier."""
+        """It came into the tier, new or from another tier; a leaf until `on_shield` says otherwise."""
         ...
 
     def on_access(self, entry: BlockStats, now: float) -> None:
-        """A request used it; its statistics are those after the use."""
+        """A visit used it; its statistics are those after the use."""
         ...
 
     def on_remove(self, entry: BlockStats, now: float, *, evicted: bool) -> None:
-        """It left the tier: ``evicted`` by the policy's own choice, or else erased, lost or moved up."""
+        """It left the tier: ``evicted`` for room, or else erased, lost or dropped as a duplicate."""
         ...
 
     def on_shield(self, entry: BlockStats) -> None:
-        """It has a child in the tier now."""
+        """It has a child in the tier or a faster one now."""
         ...
 
     def on_expose(self, entry: BlockStats, now: float) -> None:
-        """Its last child left the tier."""
+        """It has no such child any more."""
         ...
 
-    def victims(self, now: float) -> Iterator[BlockStats]:
-        """Leaves of the tier, the one to evict first in front. The tier may change while this is iterated only by
-        the removal of what it gave."""
+    def victims(self, now: float) -> Generator[BlockStats]:
+        """Leaves of the tier, the one to evict first in front.
+
+        While it is iterated the tier may change only by the removal of what it gave and by what that exposes.
+        """
         ...
 
-    def check_integrity(self) -> None:
-        """Raises InternalError where the policy's own structures disagree."""
+    def check_integrity(self, entries: set[BlockStats], leaves: set[BlockStats]) -> None:
+        """Raises InternalError where the policy's structures disagree with the tier's entries and leaves."""
         ...

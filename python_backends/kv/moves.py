@@ -1,0 +1,322 @@
+"""Which entries move, where to, and what is in flight: the part of `KvManager` that decides about room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+
+from python_backends.errors import InternalError
+from python_backends.kv.admission import Admission
+from python_backends.kv.blocks import EntryId, EntryKey, MissReason, Move, MoveReason, Tier
+from python_backends.kv.counters import Counters
+from python_backends.kv.entries import BIT, Entry, EntryTable, TierBook
+
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
+
+
+class Moves:
+    """Used by `KvManager` alone; times never fall."""
+
+    def __init__(self, table: EntryTable, admission: Admission | None, counters: Counters) -> None:
+        self._table = table
+        self._admission = admission
+        self._counters = counters
+        self._dropping: dict[tuple[EntryId, Tier], None] = {}
+        """Payloads whose bytes are given up but which the caller has not dropped yet: nothing may be put there."""
+        self._doomed: dict[Entry, None] = {}
+        self._unsaved: dict[Entry, None] = {}
+        """Pinned entries that may lack a copy on the slowest tier."""
+        self._backoff: dict[Tier, tuple[float, float]] = {}
+        """After a failed write: no planned move to that tier before (time), and the next pause (seconds)."""
+
+    def is_dropping(self, entry_id: EntryId, tier: Tier) -> bool:
+        """Whether an earlier payload of that entry still waits to be dropped there."""
+        return (entry_id, tier) in self._dropping
+
+    # -- room at once ------------------------------------------------------------------------------------------------
+    def make_room(self, book: TierBook, key: EntryKey, quota: int | None, now: float) -> tuple[bool, tuple[Move, ...]]:
+        """Whether ``key`` fits on the tier and within its salt's quota after these moves, which have begun."""
+        begun: list[Move] = []
+
+        def own() -> bool:
+            return quota is None or book.by_salt.get(key.salt, 0) + key.num_bytes <= quota
+
+        if not own():
+            self._evict(book, own, now, begun, lambda entry: entry.key.salt == key.salt)
+        if own() and book.free < key.num_bytes <= book.limits.limit_bytes:
+            self._evict(book, lambda: book.free >= key.num_bytes, now, begun, None)
+        return own() and book.free >= key.num_bytes, tuple(begun)
+
+    def _evict(
+        self,
+        book: TierBook,
+        enough: Callable[[], bool],
+        now: float,
+        begun: list[Move],
+        wanted: Callable[[Entry], bool] | None,
+    ) -> None:
+        """Begin moves out of the tier until there is enough room; parents of entries elsewhere only if nothing else
+        goes, since those entries are orphans then."""
+        parents: list[Entry] = []
+        with closing(self._victims(book, now)) as victims:
+            for entry in victims:
+                if wanted is not None and not wanted(entry):
+                    continue
+                if not self._can_go(entry, book):
+                    if not entry.pins:
+                        parents.append(entry)
+                    continue
+                begun.append(self._push_out(entry, book, now))
+                if enough():
+                    return
+        for entry in parents:
+            if entry.held & book.bit and not entry.refs and entry.moving is None:
+                begun.append(self._push_out(entry, book, now))
+                if enough():
+                    return
+
+    def _victims(self, book: TierBook, now: float) -> Generator[Entry]:
+        """Entries that may leave the tier, first those that are of no use at all."""
+        for entry in list(self._table.orphans):
+            if entry.held & book.bit and self._is_free(entry):
+                yield entry
+        with closing(book.policy.victims(now)) as victims:
+            for victim in victims:
+                if isinstance(victim, Entry) and self._is_free(victim):
+                    yield victim
+
+    def _runs(self, book: TierBook, now: float) -> Generator[Entry]:
+        """Victims that stay where they are while more are chosen, so each is followed by its ancestors of the same
+        newest visit: what came together goes together, deepest first."""
+        given: set[Entry] = set()
+        with closing(self._victims(book, now)) as victims:
+            for leaf in victims:
+                entry: Entry | None = leaf
+                while entry is not None and entry not in given:
+                    yield entry
+                    given.add(entry)
+                    parent = self._table.get(entry.key.parent)
+                    alone = parent is not None and sum(parent.near[: book.index + 1]) <= 1
+                    together = alone and parent is not None and parent.visit is leaf.visit
+                    held = together and parent is not None and parent.held & book.bit and self._is_free(parent)
+                    entry = parent if held else None
+
+    @staticmethod
+    def _is_free(entry: Entry) -> bool:
+        return not entry.refs and entry.moving is None
+
+    def _can_go(self, entry: Entry, book: TierBook) -> bool:
+        """Whether it can leave the tier without leaving its children or a session without it."""
+        if entry.held & ~book.bit or self._landing(entry, book) is not None:
+            return True
+        return not entry.pins and (not any(entry.near) or entry in self._table.orphans)
+
+    def _landing(self, entry: Entry, book: TierBook) -> TierBook | None:
+        """The next tier, where an entry that is wanted in memory at once could go: disks are too slow for that."""
+        below = self._table.below(book)
+        if below is None or below.tier == "nvme" or entry in self._table.orphans or below.free < entry.key.num_bytes:
+            return None
+        return below
+
+    def _push_out(self, entry: Entry, book: TierBook, now: float) -> Move:
+        """Begin the move that gives up the entry's place on the tier at once."""
+        below = None if entry.held & ~book.bit else self._landing(entry, book)
+        if below is None:
+            return self._begin_drop(entry, book.tier, self._drop_reason(entry, book), now)
+        move = Move(entry.key, book.tier, below.tier, "demote")
+        self._table.place(entry, entry.held & ~book.bit, below.bit, now, evicted=True)
+        entry.moving = move
+        self._dropping[entry.key.id, book.tier] = None
+        return move
+
+    def _drop_reason(self, entry: Entry, book: TierBook) -> MoveReason:
+        if entry in self._table.orphans:
+            return "orphan"
+        return "duplicate" if entry.held & ~book.bit else "drop"
+
+    def _begin_drop(self, entry: Entry, tier: Tier, reason: MoveReason, now: float) -> Move:
+        gone: MissReason = "erased" if reason == "erase" else "evicted"
+        if entry.doomed and entry.present == BIT[tier]:
+            del self._doomed[entry]
+        self._dropping[entry.key.id, tier] = None
+        self._table.place(entry, entry.held & ~BIT[tier], entry.arriving, now, reason=gone, evicted=reason != "erase")
+        return Move(entry.key, tier, None, reason)
+
+    # -- room in time ------------------------------------------------------------------------------------------------
+    def plan(self, now: float, limit: int) -> list[Move]:
+        """See `KvManager.plan_moves`. Nothing is begun but the drops of erased entries that are free now."""
+        moves = [] if not self._doomed else self._plan_doomed()
+        moves += self._plan_saves(now, limit - len(moves))
+        for book in reversed(self._table.books):
+            below = self._table.below(book)
+            if below is not None and len(moves) < limit:
+                moves += self._plan_down(book, below, now, limit - len(moves))
+        return moves[:limit]
+
+    def _plan_doomed(self) -> list[Move]:
+        return [
+            Move(entry.key, book.tier, None, "erase")
+            for entry in self._doomed
+            if self._is_free(entry)
+            for book in self._table.books
+            if entry.held & book.bit
+        ]
+
+    def _plan_saves(self, now: float, limit: int) -> list[Move]:
+        """Copies of pinned entries on the slowest tier, so that a session outlives this process."""
+        last = self._table.books[-1]
+        if not self._unsaved or self._paused(last, now):
+            return []
+        moves: list[Move] = []
+        for entry in list(self._unsaved):
+            if not entry.pins or not entry.present or entry.present & last.bit:
+                del self._unsaved[entry]
+            elif entry.held and entry.moving is None and len(moves) < limit:
+                moves += self._room_below(last, entry.key.num_bytes * (len(moves) + 1), now)
+                moves.append(Move(entry.key, entry.fastest(), last.tier, "write_through", keep_source=True))
+        return moves
+
+    def _plan_down(self, book: TierBook, below: TierBook, now: float, limit: int) -> list[Move]:
+        """Bring a tier above its high watermark down to the low one."""
+        limits = book.limits
+        if book.used <= limits.high * limits.limit_bytes:
+            return []
+        moves: list[Move] = []
+        surplus = book.used - limits.low * limits.limit_bytes
+        wanted_below = 0
+        paused = self._paused(below, now)
+        with closing(self._runs(book, now)) as victims:
+            for entry in victims:
+                if surplus <= 0 or len(moves) >= limit:
+                    break
+                if entry.held & ~book.bit or entry in self._table.orphans:
+                    moves.append(Move(entry.key, book.tier, None, self._drop_reason(entry, book)))
+                elif self._admitted(entry, below, now):
+                    if paused:
+                        continue
+                    wanted_below += entry.key.num_bytes
+                    moves.append(Move(entry.key, book.tier, below.tier, "demote"))
+                elif not entry.pins and not any(entry.near):
+                    moves.append(Move(entry.key, book.tier, None, "drop"))
+                else:
+                    continue
+                surplus -= entry.key.num_bytes
+        return [*self._room_below(below, wanted_below, now), *moves]
+
+    def _admitted(self, entry: Entry, below: TierBook, now: float) -> bool:
+        """NVMe is asked about; pinned entries and parents of what is there go anyway."""
+        if below.tier != "nvme" or self._admission is None or entry.pins or any(entry.near):
+            return True
+        return self._admission.admits(entry, now)
+
+    def _room_below(self, book: TierBook, needed: int, now: float) -> list[Move]:
+        """Drops that free ``needed`` bytes on the slowest tier; other tiers make their own room by watermark."""
+        missing = needed - book.free
+        moves: list[Move] = []
+        if missing <= 0 or self._table.below(book) is not None:
+            return moves
+        with closing(self._runs(book, now)) as victims:
+            for entry in victims:
+                if missing <= 0:
+                    break
+                if entry.held & ~book.bit or (not entry.pins and not any(entry.near)):
+                    moves.append(Move(entry.key, book.tier, None, self._drop_reason(entry, book)))
+                    missing -= entry.key.num_bytes
+        return moves
+
+    def plan_prefetch(self, keys: Sequence[EntryKey], book: TierBook, now: float) -> list[Move]:
+        """See `KvManager.plan_prefetch`."""
+        wanted = []
+        for key in keys:
+            entry = self._table.get(key.id)
+            if entry and entry.held and entry.moving is None and BIT[entry.fastest()] > book.bit:
+                wanted.append(Move(key, entry.fastest(), book.tier, "promote", keep_source=True))
+        missing = sum(move.key.num_bytes for move in wanted) - book.free
+        drops: list[Move] = []
+        with closing(self._victims(book, now)) as victims:
+            for entry in victims:
+                if missing <= 0:
+                    break
+                if entry.held & ~book.bit:
+                    drops.append(Move(entry.key, book.tier, None, "duplicate"))
+                    missing -= entry.key.num_bytes
+        while wanted and missing > 0:  # the end can be computed while the beginning is loaded
+            missing -= wanted.pop().key.num_bytes
+        return drops + wanted
+
+    def pinned(self, entry: Entry) -> None:
+        """It is pinned now."""
+        self._unsaved[entry] = None
+
+    def _paused(self, book: TierBook, now: float) -> bool:
+        return now < self._backoff.get(book.tier, (0.0, 0.0))[0]
+
+    # -- carrying out ------------------------------------------------------------------------------------------------
+    def begin(self, move: Move, now: float) -> bool:
+        """See `KvManager.begin`."""
+        entry = self._table.get(move.key.id)
+        if entry is None or not entry.held & BIT[move.source] or entry.moving is not None:
+            return False
+        if entry.refs and not move.keep_source:
+            return False
+        if move.target is None:
+            elsewhere = entry.held & ~BIT[move.source]
+            if not elsewhere and (move.reason == "duplicate" or (entry.pins and move.reason != "erase")):
+                return False
+            self._begin_drop(entry, move.source, move.reason, now)
+            return True
+        target = self._table.book(move.target)
+        fits = target.free >= move.key.num_bytes and (entry.key.id, move.target) not in self._dropping
+        if entry.present & target.bit or entry.doomed or not fits:
+            return False
+        self._table.place(entry, entry.held, target.bit, now)
+        entry.moving = move
+        return True
+
+    def end_drop(self, move: Move) -> None:
+        """The caller drops the payload at the source now."""
+        self._dropping.pop((move.key.id, move.source), None)
+
+    def finish(self, move: Move, now: float, *, ok: bool) -> list[tuple[EntryKey, Tier]]:
+        """See `KvManager.finish`."""
+        if ok:
+            self._counters.count_move(move)
+        drops = [(move.key, move.source)] if (move.key.id, move.source) in self._dropping else []
+        self.end_drop(move)
+        if move.target is None:
+            return drops
+        self._note_write(move.target, now, ok=ok)
+        entry = self._table.get(move.key.id)
+        if entry is None or entry.moving != move:
+            raise InternalError(f"a move {move.source}>{move.target} ended that had not begun")
+        entry.moving = None
+        held = entry.held | (BIT[move.target] if ok else 0)
+        # What failed to go down was chosen to go: it makes room all the same, unless someone needs it.
+        leaves = (ok and not move.keep_source) or (not ok and move.reason == "demote" and not entry.pins)
+        if leaves and held & BIT[move.source] and not entry.refs and not (not ok and any(entry.near)):
+            held &= ~BIT[move.source]
+            drops.append((move.key, move.source))
+        self._table.place(entry, held, 0, now, reason="evicted" if entry.held else "lost", evicted=True)
+        return drops
+
+    def _note_write(self, target: Tier, now: float, *, ok: bool) -> None:
+        if ok:
+            self._backoff.pop(target, None)
+        else:
+            pause = self._backoff.get(target, (0.0, FIRST_BACKOFF_S))[1]
+            self._backoff[target] = (now + pause, min(2 * pause, MAX_BACKOFF_S))
+
+    # -- erasing -----------------------------------------------------------------------------------------------------
+    def doom(self, entry: Entry) -> None:
+        """It cannot be matched any more and goes as soon as nobody uses it."""
+        entry.doomed = True
+        self._doomed[entry] = None
+
+    def reap(self, now: float) -> list[Move]:
+        """Begin the drops of all erased entries that are free."""
+        return [move for move in self._plan_doomed() if self.begin(move, now)]
+
+    def check_integrity(self) -> None:
+        """Raises InternalError where flags and lists disagree."""
+        if {entry for entry in self._table if entry.doomed} != self._doomed.keys():
+            raise InternalError("erased entries are not those that are marked so")
