@@ -1,9 +1,15 @@
 """Talking to WiCore: the client library and the `wicore` command."""
 
-from client.answer import Answer, Piece, PromptLogprobs, TokenLogprob, ToolCall, Usage
-from client.client import AsyncClient, Client
-from client.request import ImageLike, Messages, Options
-from python_backends.errors import WiCoreError
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from client.answer import Answer, Piece, PromptLogprobs, TokenLogprob, ToolCall, Usage
+    from client.client import AsyncClient, Client
+    from client.request import ImageLike, Messages, Options
+    from python_backends.errors import WiCoreError
 
 __all__ = [
     "Answer",
@@ -19,3 +25,13 @@ __all__ = [
     "Usage",
     "WiCoreError",
 ]
+_MODULES = ("client.answer", "client.client", "client.request", "python_backends.errors")
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for when it is: gRPC and NumPy take half a second, and the command begins here too."""
+    if name in __all__:
+        for module in _MODULES:
+            if hasattr(found := importlib.import_module(module), name):
+                return getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -131,7 +131,7 @@ def test_the_demo_answers_rightly_and_leaves_nothing(tmp_path: Path) -> None:
     assert "up to date" in again.stderr
 
 
-@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0, 2.5, 3.0, 4.0])
+@pytest.mark.parametrize("seconds", [0.3, 0.6, 1.0, 2.0, 2.5, 3.0, 4.0])
 def test_ctrl_c_at_any_moment_leaves_nothing(tmp_path: Path, seconds: float) -> None:
     with subprocess.Popen(demo(tmp_path, "--keep"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         time.sleep(seconds)
@@ -139,8 +139,8 @@ def test_ctrl_c_at_any_moment_leaves_nothing(tmp_path: Path, seconds: float) -> 
         code = process.wait(30)
         assert process.stderr is not None
         said = process.stderr.read()
-    # Before it has got as far as `main`, the interpreter itself ends by the signal, which a shell shows as 130 too.
+    # While it still imports, it ends by the signal itself, which a shell shows as 130 too.
     assert code == 130 or (code == -signal.SIGINT and b"Repository" not in said)
-    assert code != 130 or b"Traceback" not in said
+    assert b"Traceback" not in said
     assert left_by(tmp_path) == []
     assert not list(Path("/dev/shm").glob(f"wicore-{process.pid}-*"))
