@@ -24,11 +24,14 @@ from python_backends.errors import (
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one request; ``cached_tokens`` per memory tier, of the prompt."""
+    """Tokens of one request."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: dict[str, int] = field(default_factory=dict)
+    """Of the prompt: how many came from each tier of the KV cache instead of being computed."""
+    cache_miss: str = ""
+    """Why it was not more; empty where it was all that can be."""
 
 
 class TokenLogprob(NamedTuple):
@@ -260,7 +263,12 @@ def _word(result: InferResult, name: str) -> str:
 
 def _usage(text: str) -> Usage:
     values = json.loads(text)
-    return Usage(values["prompt_tokens"], values["completion_tokens"], values.get("cached_tokens", {}))
+    return Usage(
+        values["prompt_tokens"],
+        values["completion_tokens"],
+        values.get("cached_tokens", {}),
+        values.get("cache_miss", ""),
+    )
 
 
 def _tool_calls(text: str) -> tuple[ToolCall, ...]:

@@ -70,6 +70,8 @@ class Options(TypedDict, total=False):
     """Lower is served sooner."""
     queue_timeout_ms: int
     deadline_ms: int
+    cache_salt: str
+    """Requests share what the KV cache holds with those of the same salt only."""
 
 
 _JSON = ("messages", "tools", "tool_choice", "response_format", "logit_bias")

@@ -23,9 +23,12 @@ MAY_BE_ZERO = frozenset(
         "server_port",
         "max_concurrent_requests",
         "max_requests_per_minute",
+        "nvme_daily_writes_gb",
     )
 )
 CHOICES = {"cpu_kernels": ("auto", "onnxruntime")}
+
+SHARES = frozenset(("kv_cache_share", "hmt_decay_factor", "hmt_gpu_threshold", "hmt_cpu_threshold"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +87,37 @@ class Config:
     image_hosts: str = ""
     """Hosts that the gateway may fetch pictures from, separated by commas; none: addresses are refused."""
 
+    enable_hmt: bool = False
+    """Keep KV beyond the requests that computed it, in tiers: device, host and, with ``nvme_path``, disk."""
+    kv_cache_share: float = 0.5
+    """Of ``cpu_memory_gb``, what kept KV may take; the rest is for the slots of running sequences."""
+    kv_block_tokens: int = 64
+    """Tokens of a KV block."""
+    hmt_eviction_policy: str = "a2cr"
+    """What leaves a full tier first; see docs/hmt-policies.md."""
+    hmt_decay_factor: float = 0.01
+    """Per second since an entry's last use, how its attention loses weight."""
+    hmt_gpu_threshold: float = 0.85
+    """Share of the device tier above which entries move down."""
+    hmt_cpu_threshold: float = 0.90
+    """Share of the host tier above which entries move down."""
+    nvme_path: str = ""
+    """Folder for the tier on disk, for this server alone; none: no such tier."""
+    nvme_memory_gb: float = 64.0
+    """What the tier on disk may take (GB); clipped to what the disk has."""
+    nvme_daily_writes_gb: float = 0.0
+    """What may be written to it in a day (GB), to spare the disk; 0: any number."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in CHOICES and value not in CHOICES[field.name]:
                 raise ConfigError(f"{field.name} is {value!r}; choose one of {', '.join(CHOICES[field.name])}")
             if isinstance(value, bool | str):
+                continue
+            if field.name in SHARES:
+                if not 0 < value <= 1:
+                    raise ConfigError(f"{field.name} is {value}; it must be above 0 and at most 1")
                 continue
             low = 0 if field.name in MAY_BE_ZERO else 1
             if value < low:

@@ -22,7 +22,14 @@ from python_backends.decoder.formats import FormatReader
 from python_backends.decoder.open import open_engine, open_tokenizer
 from python_backends.decoder.parameters import Parameters, parameters_within, read_logit_bias
 from python_backends.decoder.sequence import Piece, Request
-from python_backends.errors import InternalError, InvalidParameterError, InvalidTextError, from_message
+from python_backends.errors import (
+    ImageCountError,
+    InternalError,
+    InvalidParameterError,
+    InvalidTextError,
+    from_message,
+)
+from python_backends.kv.identity import content_hash
 from python_backends.runtime.base import Float32
 
 log = logging.getLogger("wicore")
@@ -104,9 +111,30 @@ class TritonPythonModel:
         """What takes longer than a hand-over: compile the answer's grammar, have the images encoded."""
         request = self._formats.apply(request, **sent)
         if pixels is not None:
-            features = list(self._encoders.map(_encode, pixels))
-            request = dataclasses.replace(request, image_features=np.concatenate(features))
+            request = self._with_images(request, pixels)
         self._engine.submit(request)
+
+    def _with_images(self, request: Request, pixels: NDArray[np.uint8]) -> Request:
+        """The request with the embeddings of those images whose KV is not cached."""
+        if len(pixels) != len(request.image_starts):
+            raise ImageCountError(f"the prompt has places for {len(request.image_starts)} images, not {len(pixels)}")
+        hashes = [content_hash(image.tobytes()) for image in pixels]
+        request = dataclasses.replace(request, image_hashes=hashes)
+        hit = self._engine.look_up(request)
+        known = 0 if hit is None else sum(start < hit.length for start in request.image_starts)
+        try:
+            features = self._encoded(pixels[known:])
+        except BaseException:
+            if hit is not None:
+                hit.release()
+            raise
+        rest = functools.partial(self._encoded, pixels[:known])
+        return dataclasses.replace(request, hit=hit, image_features=features, encoded_from=known, encode_rest=rest)
+
+    def _encoded(self, pixels: NDArray[np.uint8]) -> Float32 | None:
+        """[images × tokens per image, D] of pixels [images, 3, H, W]; None for none."""
+        features = list(self._encoders.map(_encode, pixels))
+        return np.concatenate(features) if features else None
 
     def _read_request(self, request: Any, answer: Answer) -> Request:
         ids = triton_io.array(request, "input_ids")
@@ -118,6 +146,7 @@ class TritonPythonModel:
             parameters=_read_parameters(request, self._config),
             sink=answer.send,
             image_starts=[] if starts is None else starts.tolist(),
+            cache_salt=_word(request, "cache_salt"),
             request_id=_word(request, "request_id"),
             is_cancelled=answer.is_cancelled,
         )

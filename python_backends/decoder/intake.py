@@ -136,8 +136,8 @@ class Intake:
         request = sequence.request
         try:
             assert request.encode_rest is not None
-            rest = [request.encode_rest(), *([] if request.image_features is None else [request.image_features])]
-            sequence.request = dataclasses.replace(request, image_features=np.concatenate(rest), encoded_from=0)
+            parts = [part for part in (request.encode_rest(), request.image_features) if part is not None]
+            sequence.request = dataclasses.replace(request, image_features=np.concatenate(parts), encoded_from=0)
         except WiCoreError as error:
             sequence.failure = error
         except Exception:

@@ -6,8 +6,8 @@ tokens by a known amount.
 
 Order of admission: the lower ``priority`` value first, then shorter work, then the older. Nobody starves, by two
 bounds: at most ``max_overtakes`` sequences that arrived later are admitted before any sequence that waits, and where
-slots stay taken a running sequence is set aside once it has had ``quantum`` tokens since it was admitted. It then counts
-as the newest arrival, so those that wait already go first.
+slots stay taken a running sequence is set aside once it has had ``quantum`` tokens since it was admitted. It then
+counts as the newest arrival, so those that wait already go first.
 
 The rows of a decode step run from the lowest to the highest slot in use. Sequences take the lowest free slot and are
 moved down one a step while more than half of those rows would be idle, which bounds the padding at one half.

@@ -95,7 +95,7 @@ class Request:
     """[images × tokens per image, D], from image ``encoded_from`` on."""
     encoded_from: int = 0
     """Images before it have no embeddings: the KV cache holds what was computed from them."""
-    encode_rest: Callable[[], Float32] | None = None
+    encode_rest: Callable[[], Float32 | None] | None = None
     """The embeddings of the images before ``encoded_from``, for where their KV is lost meanwhile; it may take long."""
     image_hashes: Sequence[bytes] = ()
     """32 bytes for each image: hash of its pixels."""

@@ -87,6 +87,14 @@ class KvCache:
         self._lock = threading.RLock()
         self._filling: set[EntryId] = set()
         self._closed = False
+        self._recover()
+
+    def _recover(self) -> None:
+        """Take over what an earlier server left on disk."""
+        for tier, store in self._stores.items():
+            if tier not in self._memory:
+                for key in self._manager.recover(list(store.entries()), tier, self._clock()):
+                    store.drop(key)
 
     # --- looking up -----------------------------------------------------------------------------------------------
 
@@ -259,7 +267,16 @@ class KvCache:
                 for key in store.take_lost():
                     self._manager.lost(key, store.name, "damaged", now)
         for key, tier in drops:
-            self._stores[tier].drop(key)
+            if move.reason == "erase":
+                self._erase(key, tier)
+            else:
+                self._stores[tier].drop(key)
+
+    def _erase(self, key: EntryKey, tier: Tier) -> None:
+        try:
+            self._stores[tier].erase([key])
+        except TierError as error:  # the tier tries again, and serves it to nobody
+            log.warning("%s", error.message)
 
     # --- state ----------------------------------------------------------------------------------------------------
 

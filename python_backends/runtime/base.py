@@ -66,6 +66,11 @@ class KvLayout:
         """Size of the tail at position ``length``."""
         return length % self.block_tokens * self.global_bytes + min(length, self.window) * self.local_bytes
 
+    @property
+    def largest_tail_bytes(self) -> int:
+        """Size of the largest tail there can be."""
+        return (self.block_tokens - 1) * self.global_bytes + self.window * self.local_bytes
+
 
 class SlotState(Protocol):
     """The KV of one sequence outside its slot; only the runtime looks inside."""
