@@ -118,9 +118,17 @@ def _gateway_settings(repository: Path, host: str, port: int | None, drain_s: in
     if not (repository / manifest.MANIFEST_NAME).exists():
         return None
     settings = config.load(repository)
-    name = manifest.read(repository).name
-    chosen = settings.server_port if port is None else port
-    return GatewaySettings(repository.resolve(), name, host=host, port=chosen, config=settings, drain_s=drain_s)
+    built = manifest.read(repository)
+    return GatewaySettings(
+        repository.resolve(),
+        built.name,
+        created=int((repository / manifest.MANIFEST_NAME).stat().st_mtime),
+        max_model_len=min(settings.max_context_length, built.model.max_context_length),
+        host=host,
+        port=settings.server_port if port is None else port,
+        config=settings,
+        drain_s=drain_s,
+    )
 
 
 def _serve(

@@ -21,12 +21,15 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from client.gateway import errors, health
+from client.gateway.images import ImageReader
 from client.gateway.lifecycle import Lifecycle
 from client.gateway.metrics import Metrics
 from client.gateway.middleware import BodyReader, Draining, Outermost
+from client.gateway.openai import chat, completions, models
 from client.gateway.services import Services
 from client.gateway.settings import GatewaySettings
 from client.gateway.triton import Triton
+from client.gateway.vocabulary import Vocabulary
 from python_backends.errors import WiCoreError
 
 WEB = Path(__file__).parent / "web"
@@ -86,7 +89,8 @@ def create_app(settings: GatewaySettings, lifecycle: Lifecycle | None = None) ->
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         triton = Triton(settings.triton, settings.answer_timeout_s)
-        app.state.services = Services(settings, lifecycle, metrics, triton)
+        vocabulary = Vocabulary(settings.repository)
+        app.state.services = Services(settings, lifecycle, metrics, triton, ImageReader(settings), vocabulary)
         try:
             yield
         finally:
@@ -119,4 +123,4 @@ def create_app(settings: GatewaySettings, lifecycle: Lifecycle | None = None) ->
 
 def routers() -> list[APIRouter]:
     """Every endpoint."""
-    return [health.router]
+    return [health.router, chat.router, completions.router, models.router]

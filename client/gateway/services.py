@@ -7,10 +7,12 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from client.gateway.images import ImageReader
 from client.gateway.lifecycle import Lifecycle
 from client.gateway.metrics import Metrics
 from client.gateway.settings import GatewaySettings
 from client.gateway.triton import Triton
+from client.gateway.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Services:
     lifecycle: Lifecycle
     metrics: Metrics
     triton: Triton
+    images: ImageReader
+    vocabulary: Vocabulary
 
 
 def _services(request: Request) -> Services:

@@ -22,6 +22,10 @@ class GatewaySettings:
     """For its manifest (name and tokenizer), API keys and limits."""
     model: str
     """The name that clients ask for."""
+    created: int = 0
+    """When the model was built, in seconds since 1970."""
+    max_model_len: int | None = None
+    """Tokens of prompt and answer together."""
     triton: str = DEFAULT_ADDRESS
     """gRPC ``host:port``."""
     host: str = "127.0.0.1"
