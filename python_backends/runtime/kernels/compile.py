@@ -19,7 +19,7 @@ _SOURCES = Path(__file__).parent / "src"
 _COMPILERS = ("g++", "clang++", "c++")
 _OPTIONS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Werror"),
-    "-Wno-maybe-uninitialized",  # GCC 12 finds some in its own intrinsics
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 finds some in its own intrinsics
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mf16c", "-mfma", "-mbmi2"),
 )
 _AMX_OPTIONS = ("-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16")

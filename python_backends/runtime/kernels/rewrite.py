@@ -7,13 +7,12 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
-DOMAIN = "wicore"
-_BLOCKS = (32, 64, 128, 256)
-_BIAS, _GROUP_INDEX = 5, 4
+from python_backends.runtime.kernels.fusion import fuse_layers
+from python_backends.runtime.kernels.graph import DOMAIN, Graph, Matrix
 
 
 def rewrite(path: Path, threads: int) -> tuple[bytes, int]:
-    """The model with its MatMulNBits nodes exchanged, and how many they were.
+    """The model with its quantized products exchanged, and how many they were.
 
     Its initializers still name the weight file relative to ``path``: a session made from the bytes needs
     ``session.model_external_initializers_file_folder_path``.
@@ -23,42 +22,31 @@ def rewrite(path: Path, threads: int) -> tuple[bytes, int]:
         threads: intra-op threads of the session.
     """
     model = onnx.load(str(path), load_external_data=False)
-    constants = {initializer.name for initializer in model.graph.initializer}
-    exchanged = 0
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits" and _fits(node, constants):
-            _exchange(node, threads)
-            exchanged += 1
+    exchanged = exchange(model.graph, threads)
     if exchanged:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return model.SerializeToString(), exchanged
 
 
-def _fits(node: onnx.NodeProto, constants: set[str]) -> bool:
-    attributes = _attributes(node)
-    inputs = list(node.input)
-    return (
-        attributes.get("bits", 4) in (4, 8)
-        and attributes["block_size"] in _BLOCKS
-        # Level 4 allows activations in int8; the lower ones ask for more.
-        and attributes.get("accuracy_level", 0) == 4
-        and not any(inputs[_GROUP_INDEX : _GROUP_INDEX + 1])
-        and all(name in constants for name in inputs[1:] if name)
-    )
+def exchange(graph: onnx.GraphProto, threads: int) -> int:
+    """Whole layers where the graph has them, then the products that are left; returns the number of products."""
+    exchanged = fuse_layers(Graph(graph), threads)
+    constants = {initializer.name for initializer in graph.initializer}
+    for node in graph.node:
+        matrix = Matrix.of(node, constants)
+        if matrix is not None:
+            _exchange_product(node, matrix, threads)
+            exchanged += 1
+    return exchanged
 
 
-def _exchange(node: onnx.NodeProto, threads: int) -> None:
-    attributes, inputs = _attributes(node), list(node.input)
-    inputs += [""] * (_BIAS + 1 - len(inputs))
-    del node.input[:], node.attribute[:]
-    node.input.extend([*inputs[:4], inputs[_BIAS]])
-    while not node.input[-1]:
-        del node.input[-1]
-    node.op_type, node.domain = "QuantizedMatMul", DOMAIN
-    for name in ("K", "N", "bits", "block_size"):
-        node.attribute.append(helper.make_attribute(name, attributes.get(name, 4)))
+def _exchange_product(node: onnx.NodeProto, matrix: Matrix, threads: int) -> None:
+    del node.attribute[:]
+    node.attribute.extend(matrix.attributes(""))
     node.attribute.append(helper.make_attribute("threads", threads))
-
-
-def _attributes(node: onnx.NodeProto) -> dict[str, int]:
-    return {attribute.name: attribute.i for attribute in node.attribute}
+    inputs = [node.input[0], *matrix.inputs, matrix.bias]
+    while not inputs[-1]:
+        inputs.pop()
+    del node.input[:]
+    node.input.extend(inputs)
+    node.op_type, node.domain = "QuantizedMatMul", DOMAIN

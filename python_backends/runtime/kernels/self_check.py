@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from python_backends.errors import InternalError
-from python_backends.runtime.kernels.rewrite import DOMAIN
+from python_backends.runtime.kernels.graph import DOMAIN
 
 _ROWS = (1, 20, 100)
 """One for each kernel: vector instructions, int8 tiles, bfloat16 tiles."""

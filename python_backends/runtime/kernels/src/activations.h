@@ -21,6 +21,8 @@ struct QuantizedRows {
 
   // Fills row `row` from x [K].
   void fill(const Shape& shape, int64_t row, const float* x) const;
+  // Fills one block of a row from its `count` values, at most a block.
+  void fill_block(const Shape& shape, int64_t row, int64_t block, const float* x, int64_t count) const;
 };
 
 }  // namespace wicore

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "amx_tiles.h"
+#include "lanes.h"
 #include "scaling.h"
 
 namespace wicore {
@@ -14,8 +15,6 @@ constexpr int64_t kTileBytes = 1024;             // 16 rows of 64 bytes
 constexpr int64_t kStep = 32;                    // k of one tile
 constexpr int64_t kChunkSteps = 18;              // unpacked weights of so many steps fill 36 KiB of a 48 KiB cache
 constexpr int64_t kSliceBytes = 5 * (1 << 18);   // activations kept in the second-level cache
-
-__mmask16 valid(int64_t left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1); }
 
 int64_t slice_steps(const BrainRows& x) {
   const int64_t slices = (x.pairs * x.steps * 2 * kTileBytes + kSliceBytes - 1) / kSliceBytes;
@@ -142,20 +141,6 @@ void multiply_steps(const PackedMatrix& matrix, int64_t panel, const BrainRows& 
   }
 }
 
-void write_panel(const Shape& shape, int64_t panel, const float* sums, int64_t rows, const float* bias, float* out,
-                 int64_t stride) {
-  const int64_t column = panel * kPanel;
-  const __mmask16 low = valid(shape.n - column), high = valid(shape.n - column - 16);
-  const __m512 low_bias = bias ? _mm512_maskz_loadu_ps(low, bias + column) : _mm512_setzero_ps();
-  const __m512 high_bias = bias ? _mm512_maskz_loadu_ps(high, bias + column + 16) : _mm512_setzero_ps();
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* from = sums + row / 16 * 512 + row % 16 * 16;  // a tile of the left half, then one of the right
-    float* to = out + row * stride + column;
-    _mm512_mask_storeu_ps(to, low, _mm512_add_ps(_mm512_load_ps(from), low_bias));
-    _mm512_mask_storeu_ps(to + 16, high, _mm512_add_ps(_mm512_load_ps(from + 256), high_bias));
-  }
-}
-
 }  // namespace
 
 int64_t BrainRows::bytes(const Shape& shape, int64_t rows) {
@@ -165,47 +150,36 @@ int64_t BrainRows::bytes(const Shape& shape, int64_t rows) {
 BrainRows::BrainRows(const Shape& shape, int64_t rows, uint8_t* memory)
     : values(reinterpret_cast<uint16_t*>(memory)), steps((shape.k + kStep - 1) / kStep), pairs((rows + 31) / 32) {}
 
-void BrainRows::fill(const Shape& shape, int64_t pair, const float* x, int64_t rows) const {
-  auto* tiles = reinterpret_cast<uint8_t*>(values) + pair * steps * 2 * kTileBytes;
-  for (int64_t i = 0; i < 32; ++i) {
-    const int64_t row = pair * 32 + i;
-    uint8_t* to = tiles + i * kLine;  // the rows of a pair's tiles lie one after the other
-    for (int64_t step = 0; step < steps; ++step, to += 2 * kTileBytes) {
-      const int64_t left = row < rows ? shape.k - step * kStep : 0;
-      const float* from = x + row * shape.k + step * kStep;
-      const __m512 low = _mm512_maskz_loadu_ps(valid(left), from);
-      const __m512 high = _mm512_maskz_loadu_ps(valid(left - 16), from + 16);
-      _mm512_store_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-    }
+void BrainRows::fill(const Shape& shape, int64_t row, const float* x) const {
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t left = shape.k - step * kStep;
+    fill_step(row, step, _mm512_maskz_loadu_ps(lanes(left), x + step * kStep),
+              _mm512_maskz_loadu_ps(lanes(left - 16), x + step * kStep + 16));
   }
 }
 
-bool single_slice_bf16(const BrainRows& x) { return slice_steps(x) == x.steps; }
-
-int64_t scratch_bytes_bf16(const BrainRows& x, int64_t panels) {
-  return kChunkSteps * 2 * kTileBytes + (single_slice_bf16(x) ? 1 : panels) * x.pairs * 4 * kTileBytes;
+void BrainRows::fill_step(int64_t row, int64_t step, __m512 low, __m512 high) const {
+  uint16_t* to = values + ((row / 32 * steps + step) * 32 + row % 32) * kStep;
+  _mm512_store_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
 }
 
-void multiply_panels_bf16(const PackedMatrix& matrix, int64_t first_panel, int64_t panels, const BrainRows& x,
-                          int64_t rows, const float* bias, float* out, int64_t stride, uint8_t* scratch) {
-  uint8_t* unpacked = scratch;
-  auto* sums = reinterpret_cast<float*>(scratch + kChunkSteps * 2 * kTileBytes);
-  if (single_slice_bf16(x)) {
-    for (int64_t panel = first_panel; panel < first_panel + panels; ++panel) {
-      multiply_steps(matrix, panel, x, 0, x.steps, unpacked, sums);
-      write_panel(matrix.shape(), panel, sums, rows, bias, out, stride);
-    }
-    return;
+void BrainRows::clear_from(int64_t rows) const {
+  for (int64_t row = rows; row < pairs * 32; ++row) {
+    for (int64_t step = 0; step < steps; ++step) fill_step(row, step, _mm512_setzero_ps(), _mm512_setzero_ps());
   }
+}
+
+bool single_slice(const BrainRows& x) { return slice_steps(x) == x.steps; }
+
+int64_t unpacked_bytes() { return kChunkSteps * 2 * kTileBytes; }
+
+void multiply_panels_bf16(const PackedMatrix& matrix, const int64_t* panels, int64_t count, const BrainRows& x,
+                          uint8_t* unpacked, float* sums) {
   const int64_t slice = slice_steps(x);
   for (int64_t first = 0; first < x.steps; first += slice) {
-    for (int64_t i = 0; i < panels; ++i) {
-      multiply_steps(matrix, first_panel + i, x, first, std::min(first + slice, x.steps), unpacked,
-                     sums + i * x.pairs * kTileBytes);
+    for (int64_t i = 0; i < count; ++i) {
+      multiply_steps(matrix, panels[i], x, first, std::min(first + slice, x.steps), unpacked, sums + i * tiled_sums(x));
     }
-  }
-  for (int64_t i = 0; i < panels; ++i) {
-    write_panel(matrix.shape(), first_panel + i, sums + i * x.pairs * kTileBytes, rows, bias, out, stride);
   }
 }
 

@@ -2,6 +2,8 @@
 // float32. Activations are rounded to 8 bits of mantissa, weights after their scale was applied.
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstdint>
 
 #include "panels.h"
@@ -17,20 +19,27 @@ struct BrainRows {
   static int64_t bytes(const Shape& shape, int64_t rows);
   BrainRows(const Shape& shape, int64_t rows, uint8_t* memory);
 
-  // Fills the 32 rows of a pair from x [rows, K].
-  void fill(const Shape& shape, int64_t pair, const float* x, int64_t rows) const;
+  // Fills row `row` from x [K].
+  void fill(const Shape& shape, int64_t row, const float* x) const;
+  // Fills one K step of a row.
+  void fill_step(int64_t row, int64_t step, __m512 low, __m512 high) const;
+  // Zeroes the rows from `rows` on.
+  void clear_from(int64_t rows) const;
 };
 
 // Whether all activations of a product fit in the second-level cache, so that panels can be computed one by one. Where
 // they do not, K is cut into slices and every slice serves all panels of a call: give a thread all of its panels at once.
-bool single_slice_bf16(const BrainRows& x);
+bool single_slice(const BrainRows& x);
 
-// Bytes of scratch memory that `multiply_panels_bf16` needs for so many rows and panels.
-int64_t scratch_bytes_bf16(const BrainRows& x, int64_t panels);
+// Floats that the sums of one panel take.
+inline int64_t tiled_sums(const BrainRows& x) { return x.pairs * 1024; }
 
-// out [rows, stride] float32, columns 32 * first_panel and on: the products of all rows with `panels` neighbouring
-// panels. Columns past N are not written. bias is float32 [N] or null. The calling thread must hold `AmxTiles(64)`.
-void multiply_panels_bf16(const PackedMatrix& matrix, int64_t first_panel, int64_t panels, const BrainRows& x,
-                          int64_t rows, const float* bias, float* out, int64_t stride, uint8_t* scratch);
+// Bytes of weights unpacked at a time.
+int64_t unpacked_bytes();
+
+// sums [count][pairs][2 row tiles][2 halves of the panel][16, 16] float32: all rows times `count` panels. `unpacked` is
+// scratch memory. The calling thread must hold `AmxTiles(64)`.
+void multiply_panels_bf16(const PackedMatrix& matrix, const int64_t* panels, int64_t count, const BrainRows& x,
+                          uint8_t* unpacked, float* sums);
 
 }  // namespace wicore

@@ -3,91 +3,150 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
+#include <vector>
 
-#include "activations.h"
-#include "amx_tiles.h"
-#include "float_gemm.h"
-#include "integer_gemm.h"
+#include "lanes.h"
 #include "scratch.h"
+#include "vector_math.h"
 
 namespace wicore {
 namespace {
 
-constexpr int64_t kTaskBytes = 1 << 16;  // weights of a task, some microseconds at a core's bandwidth
+constexpr int64_t kTaskBytes = 1 << 16;  // weights of a decode task: some microseconds at a core's bandwidth
+constexpr int64_t kTaskRows = 16;        // rows of a task between the products of a prompt
 
-int64_t padded_rows(int64_t rows) { return (rows + 15) / 16 * 16; }
+// Panels of one task, a multiple of `unit`, of `panels` in all.
+int64_t panels_per_task(const Operand& x, int64_t panels, int64_t unit, int threads) {
+  const Shape& shape = x.shape();
+  int64_t wanted = kTaskBytes / shape.panel_bytes();
+  if (x.together()) wanted = (panels + threads - 1) / threads;
+  return std::max<int64_t>(1, (wanted + unit - 1) / unit) * unit;
+}
 
-bool integer(int64_t rows) { return rows <= kIntegerRows || !amx_available(); }
+int64_t tasks_of(int64_t items, int64_t per_task) { return (items + per_task - 1) / per_task; }
 
-void write_rows(const Shape& shape, int64_t panel, const float* sums, int64_t rows, const float* bias, float* out) {
-  const int64_t first = panel * kPanel, count = std::min(kPanel, shape.n - first);
+void write_panel(const Shape& shape, int64_t panel, const PanelSums& sums, int64_t rows, const float* bias, float* out) {
+  const int64_t column = panel * kPanel;
+  const __mmask16 low = lanes(shape.n - column), high = lanes(shape.n - column - 16);
+  const __m512 low_bias = bias ? _mm512_maskz_loadu_ps(low, bias + column) : _mm512_setzero_ps();
+  const __m512 high_bias = bias ? _mm512_maskz_loadu_ps(high, bias + column + 16) : _mm512_setzero_ps();
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = 0; i < count; ++i) {
-      out[row * shape.n + first + i] = sums[row * kPanel + i] + (bias ? bias[first + i] : 0.0f);
-    }
+    float* to = out + row * shape.n + column;
+    _mm512_mask_storeu_ps(to, low, _mm512_add_ps(_mm512_loadu_ps(sums.low(row)), low_bias));
+    _mm512_mask_storeu_ps(to + 16, high, _mm512_add_ps(_mm512_loadu_ps(sums.high(row)), high_bias));
   }
 }
 
-void add_integer(Region& region, const PackedMatrix& matrix, const float* x, int64_t rows, const float* bias, float* out,
-                 uint8_t* memory) {
-  const Shape& shape = matrix.shape();
-  const QuantizedRows quantized(shape, padded_rows(rows), memory);
-  region.add(rows, [=, &shape](int64_t row) { quantized.fill(shape, row, x + row * shape.k); });
-  const int64_t per_task = std::max<int64_t>(1, kTaskBytes / shape.panel_bytes());
-  const bool tiles = amx_available() && rows >= kAmxFromRows;
-  region.add((shape.panels() + per_task - 1) / per_task, [=, &matrix, &shape](int64_t task) {
-    auto* sums = reinterpret_cast<float*>(task_scratch().at_least(rows * kPanel * sizeof(float)));
-    const int64_t last = std::min(shape.panels(), (task + 1) * per_task);
-    const auto multiply = [&](auto function) {
-      for (int64_t panel = task * per_task; panel < last; ++panel) {
-        function(matrix, panel, quantized, rows, sums);
-        write_rows(shape, panel, sums, rows, bias, out);
-      }
-    };
-    if (tiles) {
-      const AmxTiles held(tile_k_bytes(shape));
-      multiply(multiply_panel_amx);
-    } else {
-      multiply(multiply_panel_vnni);
+// gelu(gate) * up of the panels of one block of the hidden layer.
+void write_gated(const Operand& hidden, int64_t block, const PanelSums* gate, const PanelSums* up) {
+  const int64_t panels = hidden.shape().block / kPanel;
+  alignas(64) float values[kMaxBlock];
+  for (int64_t row = 0; row < hidden.rows(); ++row) {
+    for (int64_t i = 0; i < panels; ++i) {
+      _mm512_store_ps(values + i * kPanel,
+                      _mm512_mul_ps(gelu_tanh(_mm512_loadu_ps(gate[i].low(row))), _mm512_loadu_ps(up[i].low(row))));
+      _mm512_store_ps(values + i * kPanel + 16,
+                      _mm512_mul_ps(gelu_tanh(_mm512_loadu_ps(gate[i].high(row))), _mm512_loadu_ps(up[i].high(row))));
     }
-  });
+    hidden.fill_block(row, block, values);
+  }
 }
 
-void add_bf16(Region& region, const PackedMatrix& matrix, const float* x, int64_t rows, const float* bias, float* out,
-              int threads, uint8_t* memory) {
-  const Shape& shape = matrix.shape();
-  const BrainRows brain(shape, rows, memory);
-  region.add(brain.pairs, [=, &shape](int64_t pair) { brain.fill(shape, pair, x, rows); });
-  const int64_t per_task = single_slice_bf16(brain) ? 4 : (shape.panels() + threads - 1) / threads;
-  region.add((shape.panels() + per_task - 1) / per_task, [=, &matrix, &shape](int64_t task) {
-    const int64_t panels = std::min(per_task, shape.panels() - task * per_task);
-    uint8_t* scratch = task_scratch().at_least(scratch_bytes_bf16(brain, panels));
-    const AmxTiles held(64);
-    multiply_panels_bf16(matrix, task * per_task, panels, brain, rows, bias, out, shape.n, scratch);
-  });
+// 1 / root mean square of x [width].
+float inverse_rms(const float* x, int64_t width, float epsilon) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < width; i += 16) {
+    const __m512 piece = _mm512_maskz_loadu_ps(lanes(width - i), x + i);
+    sum = _mm512_fmadd_ps(piece, piece, sum);
+  }
+  return 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / static_cast<float>(width) + epsilon);
+}
+
+// out = x * factor * gamma, plus `base` where there is one.
+void scale_row(const float* x, float factor, const float* gamma, const float* base, float* out, int64_t width) {
+  for (int64_t i = 0; i < width; i += 16) {
+    const __mmask16 mask = lanes(width - i);
+    __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(factor)),
+                                 _mm512_maskz_loadu_ps(mask, gamma + i));
+    if (base) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, base + i));
+    _mm512_mask_storeu_ps(out + i, mask, value);
+  }
 }
 
 }  // namespace
 
-int64_t linear_bytes(const PackedMatrix& matrix, int64_t rows) {
-  const int64_t at_once = std::min(rows, kRowsAtOnce);
-  if (integer(rows)) return QuantizedRows::bytes(matrix.shape(), padded_rows(at_once));
-  return BrainRows::bytes(matrix.shape(), at_once);
+void add_fill(Region& region, const Operand& operand, const float* x) {
+  const int64_t per_task = operand.kernel() == Kernel::kAmxBf16 ? kTaskRows : 1;
+  region.add(tasks_of(operand.rows(), per_task), [=](int64_t task) {
+    const int64_t last = std::min(operand.rows(), (task + 1) * per_task);
+    for (int64_t row = task * per_task; row < last; ++row) operand.fill(row, x + row * operand.shape().k);
+  });
 }
 
-void add_linear(Region& region, const PackedMatrix& matrix, const float* x, int64_t rows, const float* bias, float* out,
-                int threads, uint8_t* memory) {
+void add_product(Region& region, const PackedMatrix& matrix, const Operand& x, const float* bias, float* out,
+                 int threads) {
   const Shape& shape = matrix.shape();
-  for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
-    const int64_t count = std::min(kRowsAtOnce, rows - first);
-    const float* from = x + first * shape.k;
-    float* to = out + first * shape.n;
-    if (integer(rows)) {
-      add_integer(region, matrix, from, count, bias, to, memory);
-    } else {
-      add_bf16(region, matrix, from, count, bias, to, threads, memory);
+  const int64_t per_task = panels_per_task(x, shape.panels(), 1, threads);
+  region.add(tasks_of(shape.panels(), per_task), [=, &matrix, &shape](int64_t task) {
+    const int64_t last = std::min(shape.panels(), (task + 1) * per_task);
+    const int64_t at_once = x.together() ? per_task : 1;
+    std::vector<int64_t> panels(at_once);
+    std::vector<PanelSums> sums(at_once);
+    for (int64_t first = task * per_task; first < last; first += at_once) {
+      const int64_t count = std::min(at_once, last - first);
+      for (int64_t i = 0; i < count; ++i) panels[i] = first + i;
+      multiply_panels(matrix, panels.data(), count, x, sums.data());
+      for (int64_t i = 0; i < count; ++i) write_panel(shape, first + i, sums[i], x.rows(), bias, out);
     }
-  }
+  });
+}
+
+bool can_gate(const Shape& gate_up, const Shape& down) {
+  return gate_up.n == 2 * down.k && down.k % kPanel == 0 && down.k % down.block == 0;
+}
+
+void add_gated_product(Region& region, const PackedMatrix& matrix, const Operand& x, const Operand& hidden,
+                       int threads) {
+  const int64_t branch = matrix.shape().panels() / 2, unit = hidden.shape().block / kPanel;
+  // Two panels for every one counted: half as many of them make a task.
+  const int64_t per_task = std::max(unit, panels_per_task(x, branch, 2 * unit, threads) / 2);
+  region.add(tasks_of(branch, per_task), [=, &matrix](int64_t task) {
+    const int64_t last = std::min(branch, (task + 1) * per_task);
+    const int64_t at_once = x.together() ? per_task : unit;
+    std::vector<int64_t> panels(2 * at_once);
+    std::vector<PanelSums> sums(2 * at_once);
+    for (int64_t first = task * per_task; first < last; first += at_once) {
+      const int64_t count = std::min(at_once, last - first);
+      for (int64_t i = 0; i < count; ++i) {
+        panels[i] = first + i;
+        panels[count + i] = branch + first + i;
+      }
+      multiply_panels(matrix, panels.data(), 2 * count, x, sums.data());
+      for (int64_t i = 0; i < count; i += unit) write_gated(hidden, (first + i) / unit, &sums[i], &sums[count + i]);
+    }
+    if (last == branch) hidden.clear_padding();
+  });
+}
+
+void add_residual(Region& region, const Residual& residual, int64_t rows) {
+  const int64_t per_task = rows > kIntegerRows ? kTaskRows : 1;
+  region.add(tasks_of(rows, per_task), [=](int64_t task) {
+    const int64_t width = residual.width;
+    auto* normed = reinterpret_cast<float*>(task_scratch().at_least(width * static_cast<int64_t>(sizeof(float))));
+    for (int64_t row = task * per_task; row < std::min(rows, (task + 1) * per_task); ++row) {
+      const float* stream = residual.stream + row * width;
+      if (residual.addend) {
+        const float* addend = residual.addend + row * width;
+        float* out = residual.out + row * width;
+        scale_row(addend, inverse_rms(addend, width, residual.epsilon), residual.addend_gamma, stream, out, width);
+        stream = out;
+      }
+      if (!residual.next) continue;
+      scale_row(stream, inverse_rms(stream, width, residual.epsilon), residual.next_gamma, nullptr, normed, width);
+      residual.next->fill(row, normed);
+    }
+  });
 }
 
 }  // namespace wicore
