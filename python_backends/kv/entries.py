@@ -102,6 +102,7 @@ class EntryTable:
         self._left_holds: dict[EntryId, tuple[int, int]] = {}
         """References and pins of entries that were lost or erased under their holders."""
         self.orphans: dict[Entry, None] = {}
+        self.doomed: dict[Entry, None] = {}
         self.forgotten: list[Entry] = []
         """Ghosts that were given up since this was last emptied."""
 
@@ -239,6 +240,7 @@ class EntryTable:
             self._left_holds[key.id] = (entry.refs, entry.pins)
         entry.refs = entry.pins = 0
         entry.moving, entry.doomed = None, False
+        self.doomed.pop(entry, None)
         self._ghosts[key.id] = (entry, reason)
         while len(self._ghosts) > max(MIN_GHOSTS, 2 * len(self._entries)):
             self.forgotten.append(self._ghosts.popitem(last=False)[1][0])
@@ -270,8 +272,8 @@ class EntryTable:
         if near != entry.near or min(entry.refs, entry.pins) < 0:
             raise InternalError(f"entry {key.id.hex()} counts {entry.near} children, there are {near}")
         orphan = key.parent not in self._entries and not self.is_first(key)
-        if orphan != (entry in self.orphans):
-            raise InternalError(f"entry {key.id.hex()} is {'' if orphan else 'not '}an orphan")
+        if orphan != (entry in self.orphans) or entry.doomed != (entry in self.doomed):
+            raise InternalError(f"entry {key.id.hex()} is not in the list of orphans or of erased entries as it should")
 
     def _check_book(self, book: TierBook) -> None:
         present = [entry for entry in self if entry.present & book.bit]

@@ -319,5 +319,4 @@ class KvManager:
     def check_integrity(self) -> None:
         """Raises InternalError where references, bytes, tree, tiers or policies disagree."""
         self._table.check_integrity()
-        self._moves.check_integrity()
         self._reuse.check_integrity()

@@ -23,7 +23,6 @@ class Moves:
         self._counters = counters
         self._dropping: dict[tuple[EntryId, Tier], None] = {}
         """Payloads whose bytes are given up but which the caller has not dropped yet: nothing may be put there."""
-        self._doomed: dict[Entry, None] = {}
         self._unsaved: dict[Entry, None] = {}
         """Pinned entries that may lack a copy on the slowest tier."""
         self._backoff: dict[Tier, tuple[float, float]] = {}
@@ -107,9 +106,9 @@ class Moves:
 
     def _can_go(self, entry: Entry, book: TierBook) -> bool:
         """Whether it can leave the tier without leaving its children or a session without it."""
-        if entry.held & ~book.bit or self._landing(entry, book) is not None:
-            return True
-        return not entry.pins and (not any(entry.near) or entry in self._table.orphans)
+        if entry.held & ~book.bit or entry.pins:  # a copy that fails would lose a pinned one
+            return bool(entry.held & ~book.bit)
+        return self._landing(entry, book) is not None or not any(entry.near) or entry in self._table.orphans
 
     def _landing(self, entry: Entry, book: TierBook) -> TierBook | None:
         """The next tier, where an entry that is wanted in memory at once could go: disks are too slow for that."""
@@ -136,8 +135,6 @@ class Moves:
 
     def _begin_drop(self, entry: Entry, tier: Tier, reason: MoveReason, now: float) -> Move:
         gone: MissReason = "erased" if reason == "erase" else "evicted"
-        if entry.doomed and entry.present == BIT[tier]:
-            del self._doomed[entry]
         self._dropping[entry.key.id, tier] = None
         self._table.place(entry, entry.held & ~BIT[tier], entry.arriving, now, reason=gone, evicted=reason != "erase")
         return Move(entry.key, tier, None, reason)
@@ -145,7 +142,7 @@ class Moves:
     # -- room in time ------------------------------------------------------------------------------------------------
     def plan(self, now: float, limit: int) -> list[Move]:
         """See `KvManager.plan_moves`. Nothing is begun but the drops of erased entries that are free now."""
-        moves = [] if not self._doomed else self._plan_doomed()
+        moves = self._plan_doomed()
         moves += self._plan_saves(now, limit - len(moves))
         for book in reversed(self._table.books):
             below = self._table.below(book)
@@ -156,7 +153,7 @@ class Moves:
     def _plan_doomed(self) -> list[Move]:
         return [
             Move(entry.key, book.tier, None, "erase")
-            for entry in self._doomed
+            for entry in self._table.doomed
             if self._is_free(entry)
             for book in self._table.books
             if entry.held & book.bit
@@ -310,13 +307,8 @@ class Moves:
     def doom(self, entry: Entry) -> None:
         """It cannot be matched any more and goes as soon as nobody uses it."""
         entry.doomed = True
-        self._doomed[entry] = None
+        self._table.doomed[entry] = None
 
     def reap(self, now: float) -> list[Move]:
         """Begin the drops of all erased entries that are free."""
         return [move for move in self._plan_doomed() if self.begin(move, now)]
-
-    def check_integrity(self) -> None:
-        """Raises InternalError where flags and lists disagree."""
-        if {entry for entry in self._table if entry.doomed} != self._doomed.keys():
-            raise InternalError("erased entries are not those that are marked so")
