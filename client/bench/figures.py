@@ -164,11 +164,14 @@ def step_stats(before: Mapping[str, float], after: Mapping[str, float]) -> dict[
     """What an engine's steps did between two readings of its `Stats`."""
     change = {name: after[name] - before[name] for name in after if name != "padding_share"}
     useful = change["prefill_tokens"] + change["decode_rows"] + change["accepted_tokens"]
+    refused = change["drafted_tokens"] - change["accepted_tokens"]
+    computed = max(1, change["computed_tokens"])
     return {
         "prefill_steps": change["prefill_steps"],
         "decode_steps": change["decode_steps"],
         "decode_rows_per_step": change["decode_rows"] / max(1, change["decode_steps"]),
         "decode_step_ms": 1e3 * change["decode_seconds"] / max(1, change["decode_steps"]),
         "prefill_tokens_per_s": change["prefill_tokens"] / max(1e-9, change["prefill_seconds"]),
-        "occupancy": useful / max(1, change["computed_tokens"]),
+        "occupancy": useful / computed,
+        "padding": max(0.0, 1 - (useful + refused) / computed),
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -56,6 +56,10 @@ class Target(Protocol):
 
     def submit(self, job: Job, trace: Trace, done: Callable[[], None]) -> None:
         """Begin to answer and return at once. ``done`` is called from any thread when the trace has ended."""
+        ...
+
+    def stats(self) -> Mapping[str, float]:
+        """Totals of the engine's steps (`Stats.read`)."""
         ...
 
 

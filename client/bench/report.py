@@ -47,19 +47,25 @@ def engine_text(found: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     heads = ["decode", "tokens/s", "step ms", "p50 ms", "p99 ms", "floor ms", "of floor"]
     filled, loop = found["prefill"], found["closed_loop"]
-    steps = loop["steps"]
     parts = [
         f"memory: read {bandwidth['read'] / 1e9:.1f} GB/s, copy {bandwidth['copy'] / 1e9:.1f} GB/s",
         columns(heads, rows),
         f"prefill of {filled['prompt_tokens']} tokens: {filled['tokens_per_s']:.0f} tokens/s, "
         f"first token after {filled['ttft_ms']:.0f} ms",
         latency_table([("closed loop", loop["concurrency"], loop)]),
-        f"steps: {steps['occupancy']:.1%} of computed tokens were useful, {steps['decode_rows_per_step']:.2f} rows a "
-        f"decode step, {steps['decode_step_ms']:.1f} ms each",
+        steps_text(loop["steps"]),
     ]
     if "long_prompt" in found:
         parts.append(intrusion_text(found["long_prompt"]))
     return "\n\n".join(parts)
+
+
+def steps_text(steps: Mapping[str, float]) -> str:
+    """What an engine's steps did, on one line."""
+    return (
+        f"steps: {steps['occupancy']:.1%} of computed tokens were useful, {steps['padding']:.1%} padding, "
+        f"{steps['decode_rows_per_step']:.2f} rows a decode step, {steps['decode_step_ms']:.1f} ms each"
+    )
 
 
 def latency_table(rows: Sequence[tuple[str, object, Mapping[str, Any]]]) -> str:

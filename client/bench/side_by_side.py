@@ -10,14 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from client.bench import machine
 from client.bench.figures import DecodeSpeed, gaps, percentile
 from client.bench.load import Target, Trace, together
 from client.bench.plot import Chart
 from client.bench.prompts import Prompts
-from client.bench.report import columns, latency_table
-from client.bench.suite import Plan, closed, decode, middle, opened, prefill, warm_up
-from python_backends import config
+from client.bench.report import columns, latency_table, steps_text
+from client.bench.suite import Plan, closed, decode, floor, middle, opened, prefill, warm_up
+from python_backends import config, manifest
 from python_backends.config import Config
+from python_backends.manifest import Manifest
 
 RATE_SHARE = 0.6
 """Of what a closed loop gets through, the arrivals of the open loop where no rate is given."""
@@ -36,7 +38,7 @@ def repository_with(repository: Path, settings: Config, folder: Path) -> Iterato
 
 
 def measure_targets(
-    targets: Sequence[Target], repository: Path, plan: Plan, rate: float | None, report: Any
+    targets: Sequence[Target], repository: Path, plan: Plan, rate: float | None, threads: int, report: Any
 ) -> dict[str, Any]:
     """What `wicore bench serve` shows, as JSON values.
 
@@ -45,29 +47,39 @@ def measure_targets(
         repository: of the tokenizer that prompts are made with.
         plan: sizes; every batch is a concurrency of the closed loop as well.
         rate: requests a second of the open loop; None takes `RATE_SHARE` of the last target's closed loop.
+        threads: compute threads of the engine on this machine, whose memory bandwidth gives the floor; 0: it is
+            elsewhere and has no floor.
         report: called with a line of text when something is about to be measured.
 
     Raises:
         WiCoreError: a request failed.
     """
-    prompts = Prompts(repository, plan.seed)
+    prompts, built = Prompts(repository, plan.seed), manifest.read(repository)
+    bandwidth = {}
+    if threads:
+        report("measuring the memory …")
+        bandwidth = machine.memory_bandwidth(threads)
     report("warming up …")
     for target in targets:
         warm_up(target, prompts, plan)
     runs = _decode_in_turns(targets, prompts, plan, report)
-    values: dict[str, Any] = {"targets": {}}
+    values: dict[str, Any] = {"bandwidth_bytes_per_s": bandwidth, "targets": {}}
+    best = max(bandwidth.values(), default=0.0)
     for target in targets:
         report(f"prefill, {target.name} …")
         values["targets"][target.name] = {
-            "decode": [dataclasses.asdict(middle(runs[target.name, batch])) for batch in plan.batches],
+            "decode": [_shown(built, middle(runs[target.name, batch]), best) for batch in plan.batches],
+            "decode_runs_tokens_per_s": {
+                str(batch): [run.tokens_per_s for run in runs[target.name, batch]] for batch in plan.batches
+            },
             "prefill": prefill(target, prompts, plan),
             "closed_loop": [],
         }
     for concurrency in plan.batches:
         for target in targets:
             report(f"closed loop of {concurrency}, {target.name} …")
-            found = dataclasses.asdict(closed(target, prompts, plan, concurrency))
-            values["targets"][target.name]["closed_loop"].append({"concurrency": concurrency, **found})
+            found = closed(target, prompts, plan, concurrency)
+            values["targets"][target.name]["closed_loop"].append(found)
     chosen = rate or RATE_SHARE * values["targets"][targets[-1].name]["closed_loop"][-1]["requests_per_s"]
     for target in targets:
         report(f"open loop of {chosen:.2f} requests a second, {target.name} …")
@@ -79,6 +91,10 @@ def measure_targets(
         ]
     values["gaps_ms"] = {target.name: _gap_percentiles(together(target, _jobs(prompts, plan))) for target in targets}
     return values
+
+
+def _shown(built: Manifest, run: DecodeSpeed, bandwidth: float) -> dict[str, Any]:
+    return {**dataclasses.asdict(run), **(floor(built, run, bandwidth) if bandwidth else {})}
 
 
 def _jobs(prompts: Prompts, plan: Plan) -> list[Any]:
@@ -122,7 +138,7 @@ def text(found: Mapping[str, Any]) -> str:
     """As a person reads it."""
     speeds = [
         [f"batch {run['batch']}", name, run["tokens_per_s"], run["step_ms"], run["inter_token_p50_ms"],
-         run["inter_token_p99_ms"]]
+         run["inter_token_p99_ms"], f"{run['share']:.0%}" if "share" in run else "–"]
         for name, values in found["targets"].items() for run in values["decode"]
     ]  # fmt: skip
     loops = [
@@ -140,9 +156,14 @@ def text(found: Mapping[str, Any]) -> str:
         for name, values in found["targets"].items()
     ]
     parts = [
-        columns(["decode", "", "tokens/s", "step ms", "p50 ms", "p99 ms"], speeds),
+        columns(["decode", "", "tokens/s", "step ms", "p50 ms", "p99 ms", "of floor"], speeds),
         "\n".join(filled),
         latency_table(loops),
+        "\n".join(
+            f"closed loop of {run['concurrency']}, {name}, {steps_text(run['steps'])}"
+            for name, values in found["targets"].items()
+            for run in values["closed_loop"]
+        ),
     ]
     if "cost" in found:
         rows = [

@@ -65,15 +65,17 @@ class Plan:
         return 2 * BEFORE_TOKENS + self.long_tokens // SMALLEST_CHUNK
 
 
-def settings_for(plan: Plan, settings: Config, *, drafts: bool) -> Config:
+def settings_for(plan: Plan, settings: Config, *, drafts: bool, target_ms: int | None = None) -> Config:
     """The repository's configuration with slots for the largest batch, and drafts off unless they are to be measured:
-    what they gain depends on the text, and text of random weights repeats itself.
+    what they gain depends on the text, and text of random weights repeats itself. ``target_ms`` replaces its
+    inter-token target.
     """
     return dataclasses.replace(
         settings,
         max_batch_size=max(plan.batches),
         max_context_length=max(plan.longest, settings.prefill_chunk + 64),
         max_draft=settings.max_draft if drafts else 0,
+        target_inter_token_ms=target_ms or settings.target_inter_token_ms,
     )
 
 
@@ -117,10 +119,13 @@ def middle(runs: Sequence[DecodeSpeed]) -> DecodeSpeed:
     return sorted(runs, key=lambda run: run.tokens_per_s)[len(runs) // 2]
 
 
-def closed(target: Target, prompts: Prompts, plan: Plan, concurrency: int) -> Latencies:
-    """Closed loop at a concurrency."""
+def closed(target: Target, prompts: Prompts, plan: Plan, concurrency: int) -> dict[str, Any]:
+    """Closed loop at a concurrency: its latencies, and what the engine's steps did."""
     jobs = prompts.stream(plan.prompt_tokens, plan.output_tokens)
-    return latencies(closed_loop(target, jobs, concurrency, max(plan.requests, concurrency)))
+    before = target.stats()
+    found = latencies(closed_loop(target, jobs, concurrency, max(plan.requests, concurrency)))
+    steps = step_stats(before, target.stats())
+    return {"concurrency": concurrency, **dataclasses.asdict(found), "steps": steps}
 
 
 def opened(target: Target, prompts: Prompts, plan: Plan, rate: float) -> Latencies:
@@ -179,9 +184,7 @@ def measure_engine(target: EngineTarget, repository: Path, plan: Plan, settings:
     report("prefill …")
     filled = prefill(target, prompts, plan)
     report("closed loop …")
-    before = target.engine.stats.read()
     loop = closed(target, prompts, plan, max(plan.batches))
-    steps = step_stats(before, target.engine.stats.read())
     best = max(bandwidth.values())
     values: dict[str, Any] = {
         "bandwidth_bytes_per_s": bandwidth,
@@ -190,7 +193,7 @@ def measure_engine(target: EngineTarget, repository: Path, plan: Plan, settings:
         ],
         "decode_runs_tokens_per_s": {str(batch): [run.tokens_per_s for run in runs] for batch, runs in decoded.items()},
         "prefill": filled,
-        "closed_loop": {"concurrency": max(plan.batches), **dataclasses.asdict(loop), "steps": steps},
+        "closed_loop": loop,
     }
     if max(plan.batches) > 1 and plan.long_tokens:
         report("a long prompt amid decoding requests …")
@@ -226,5 +229,7 @@ def configuration(repository: Path, plan: Plan, settings: Config) -> dict[str, A
         "context": settings.max_context_length,
         "prefill_chunk": settings.prefill_chunk,
         "max_draft": settings.max_draft,
+        "target_inter_token_ms": settings.target_inter_token_ms,
+        "cpu_kernels": settings.cpu_kernels,
         "plan": dataclasses.asdict(plan),
     }

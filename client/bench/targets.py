@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from client.bench.load import Job, Trace
+from client.bench.load import WAIT_S, Job, Trace
 from python_backends.config import Config
 from python_backends.decoder.engine import Engine
 from python_backends.decoder.parameters import parameters_within
@@ -37,6 +37,10 @@ class EngineTarget:
         parameters = parameters_within(self._config, max_tokens=job.max_tokens, temperature=0.0, ignore_eos=True)
         self.engine.submit(Request(job.input_ids, parameters, sink))
 
+    def stats(self) -> Mapping[str, float]:
+        """See `Target.stats`."""
+        return self.engine.stats.read()
+
 
 @contextmanager
 def open_engine_target(repository: Path, config: Config) -> Iterator[EngineTarget]:
@@ -61,16 +65,16 @@ class ServerTarget:
     name = "triton"
 
     def __init__(self, address: str) -> None:
-        from client import AsyncClient
+        from client.gateway.triton import Triton
 
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="wicore-bench-client", daemon=True)
         self._thread.start()
 
-        async def connect() -> AsyncClient:
-            return AsyncClient(address)
+        async def connect() -> Triton:
+            return Triton(address, WAIT_S)
 
-        self._client = asyncio.run_coroutine_threadsafe(connect(), self._loop).result()
+        self._server = asyncio.run_coroutine_threadsafe(connect(), self._loop).result()
 
     def submit(self, job: Job, trace: Trace, done: Callable[[], None]) -> None:
         """See `Target.submit`."""
@@ -79,7 +83,7 @@ class ServerTarget:
     async def _ask(self, job: Job, trace: Trace, done: Callable[[], None]) -> None:
         error = ""
         try:
-            async for piece in self._client.stream(
+            async for piece in self._server.client.stream(
                 job.text, max_tokens=job.max_tokens, temperature=0.0, ignore_eos=True
             ):
                 trace.add(len(piece.token_ids))
@@ -88,9 +92,15 @@ class ServerTarget:
         trace.end(error)
         done()
 
+    def stats(self) -> Mapping[str, float]:
+        """See `Target.stats`."""
+        found = asyncio.run_coroutine_threadsafe(self._server.stats(), self._loop).result()
+        totals: dict[str, float] = found["totals"]
+        return totals
+
     def close(self) -> None:
         """Close the connection and stop the loop."""
-        asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(folder: Path) -> Path:
-    make_checkpoint(folder / "tiny", "tiny", 2)
+    make_checkpoint(folder / "tiny", "tiny")
     return folder / "tiny"
 
 
@@ -50,6 +50,7 @@ def run(*arguments: str) -> str:
 
 def test_bench_engine_measures_everything_it_names(repository: Path, folder: Path) -> None:
     options = ["--repository", str(repository), *SMALL, "--long-tokens", "100", "--requests", "3", "--repeats", "1"]
+    options += ["--target-ms", "250"]
     plot = folder / "engine.svg"
     found: dict[str, Any] = json.loads(run("bench", "engine", *options, "--plot", str(plot), "--json"))
     assert [one["batch"] for one in found["decode"]] == [1, 2]
@@ -59,6 +60,7 @@ def test_bench_engine_measures_everything_it_names(repository: Path, folder: Pat
     assert 0 < found["closed_loop"]["steps"]["occupancy"] <= 1
     assert found["long_prompt"]["decoding"] == 1
     assert found["long_prompt"]["before"]["tokens"] > 0
+    assert found["long_prompt"]["target_inter_token_ms"] == 250
     about = found["configuration"]
     assert about["precision"] == "int8"
     assert about["max_draft"] == 0
@@ -81,6 +83,10 @@ def test_bench_serve_compares_triton_with_the_engine(repository: Path, folder: P
         assert [one["batch"] for one in values["decode"]] == [1, 2]
         assert [one["failed"] for one in (*values["closed_loop"], values["open_loop"])] == [0, 0, 0]
         assert values["prefill"]["prompt_tokens"] == 40
+        for one in values["closed_loop"]:
+            assert 0 < one["steps"]["occupancy"] <= 1
+            assert one["steps"]["padding"] == pytest.approx(1 - one["steps"]["occupancy"])
+        assert all(0 < one["share"] < 1 for one in values["decode"])
     assert [one["batch"] for one in found["cost"]] == [1, 2]
     assert ElementTree.parse(plot).getroot().tag.endswith("svg")
 

@@ -104,10 +104,12 @@ def test_local_layers_read_no_more_than_their_window() -> None:
 
 def test_occupancy_counts_what_happened_between_two_readings() -> None:
     names = ("prefill_steps", "prefill_tokens", "prefill_seconds", "decode_steps", "decode_rows", "decode_seconds")
-    zero = dict.fromkeys((*names, "computed_tokens", "accepted_tokens", "padding_share"), 1.0)
+    zero = dict.fromkeys((*names, "computed_tokens", "drafted_tokens", "accepted_tokens", "padding_share"), 1.0)
     after = {**zero, "prefill_tokens": 11.0, "prefill_seconds": 3.0, "decode_steps": 5.0, "decode_rows": 31.0}
+    after |= {"drafted_tokens": 4.0, "accepted_tokens": 1.0}
     found = step_stats(zero, {**after, "decode_seconds": 9.0, "computed_tokens": 51.0, "padding_share": 0.5})
     assert found["occupancy"] == pytest.approx(40 / 50)
+    assert found["padding"] == pytest.approx(7 / 50)  # three drafts were refused
     assert found["decode_rows_per_step"] == pytest.approx(30 / 4)
     assert found["decode_step_ms"] == pytest.approx(2000)
     assert found["prefill_tokens_per_s"] == pytest.approx(5)

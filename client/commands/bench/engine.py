@@ -14,6 +14,7 @@ from client.commands.bench.options import (
     Repeats,
     Requests,
     Seed,
+    TargetMs,
 )
 from client.commands.options import DEFAULT_REPOSITORY, AsJson, Repository
 from client.commands.terminal import Status, command, emit, say
@@ -31,6 +32,7 @@ def engine(
     requests: Requests = 16,
     repeats: Repeats = 3,
     drafts: Drafts = False,
+    target_ms: TargetMs = None,
     seed: Seed = 0,
     plot: Plot = None,
     as_json: AsJson = False,
@@ -51,7 +53,7 @@ def engine(
         prompt_tokens=prompt_tokens, output_tokens=output_tokens, prefill_tokens=prefill_tokens,
         long_tokens=long_tokens, batches=tuple(batch or DEFAULT_BATCHES), requests=requests, repeats=repeats, seed=seed,
     )  # fmt: skip
-    settings = settings_for(plan, config.load(repository), drafts=drafts)
+    settings = settings_for(plan, config.load(repository), drafts=drafts, target_ms=target_ms)
     status = Status()
     status("loading the decoder …")
     with open_engine_target(repository, settings) as target:

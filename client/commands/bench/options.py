@@ -19,4 +19,8 @@ Plot = Annotated[Path | None, typer.Option(help="Write a chart to this SVG file.
 Drafts = Annotated[
     bool, typer.Option("--drafts", help="Keep speculative decoding on; by default every token has its own step.")
 ]
+TargetMs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Inter-token target that prefill chunks are cut for. [default: the repository's]"),
+]
 DEFAULT_BATCHES = [1, 4, 8]

@@ -21,6 +21,7 @@ from client.commands.bench.options import (
     Repeats,
     Requests,
     Seed,
+    TargetMs,
 )
 from client.commands.options import DEFAULT_REPOSITORY, AsJson, Repository
 from client.commands.terminal import Status, command, emit
@@ -52,6 +53,7 @@ def serve(
     requests: Requests = 24,
     repeats: Repeats = 3,
     drafts: Drafts = False,
+    target_ms: TargetMs = None,
     seed: Seed = 0,
     plot: Plot = None,
     as_json: AsJson = False,
@@ -63,6 +65,7 @@ def serve(
 
     wicore bench serve --repository ./random-1b-repository --plot latency.svg
     """
+    from client.bench import machine
     from client.bench.report import configuration_text
     from client.bench.side_by_side import chart, measure_targets, text
     from client.bench.suite import Plan, configuration, settings_for
@@ -72,10 +75,11 @@ def serve(
         prompt_tokens=prompt_tokens, output_tokens=output_tokens, prefill_tokens=prefill_tokens, long_tokens=0,
         batches=tuple(batch or DEFAULT_BATCHES), requests=requests, repeats=repeats, seed=seed,
     )  # fmt: skip
-    settings = settings_for(plan, config.load(repository), drafts=drafts)
+    settings = settings_for(plan, config.load(repository), drafts=drafts, target_ms=target_ms)
     status = Status()
     with _targets(repository, address, settings, status) as targets:
-        found = measure_targets(targets, repository, plan, rate, status)
+        threads = 0 if address else machine.compute_threads(settings.num_threads)
+        found = measure_targets(targets, repository, plan, rate, threads, status)
     status.clear()
     about = configuration(repository, plan, settings)
     if address:
