@@ -33,7 +33,8 @@ from python_backends.errors import (
     ServerUnavailableError,
     WiCoreError,
 )
-from python_backends.kv.cache import Hit, KvCache
+from python_backends.kv.cache import KvCache
+from python_backends.kv.hit import Hit
 from python_backends.runtime.base import DecoderRuntime, StepOutputs
 
 log = logging.getLogger("wicore")

@@ -18,7 +18,7 @@ from python_backends.decoder.reuse import Reuse
 from python_backends.decoder.scheduler import Scheduler
 from python_backends.decoder.sequence import ActiveSequence
 from python_backends.errors import InternalError, WiCoreError
-from python_backends.kv.cache import Hit
+from python_backends.kv.hit import Hit
 from python_backends.runtime.base import DecoderRuntime
 
 log = logging.getLogger("wicore")

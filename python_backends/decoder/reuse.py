@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from python_backends.decoder.sequence import ActiveSequence, CachedTokens, Request
 from python_backends.kv import identity
 from python_backends.kv.blocks import EntryKey
-from python_backends.kv.cache import Hit, KvCache
+from python_backends.kv.cache import KvCache
+from python_backends.kv.hit import Hit
 from python_backends.kv.identity import ImageSpan, PromptIds
 from python_backends.runtime.base import DecoderRuntime, Float32
 
@@ -66,7 +67,8 @@ class Reuse:
         if self._cache is None:
             return None
         ids = self._cache.prompt_ids(request.input_ids, self._images(request), request.cache_salt)
-        return self._cache.look_up(ids, 0 if request.parameters.prompt_logprobs is not None else len(ids) - 1)
+        limit = 0 if request.parameters.prompt_logprobs is not None else len(ids) - 1
+        return self._cache.look_up(ids, limit, self._token_seconds())
 
     def begin(self, sequence: ActiveSequence, hit: Hit | None) -> None:
         """Before the sequence is queued. ``hit`` is its own from now on; None for one that starts elsewhere."""

@@ -19,7 +19,7 @@ from python_backends.runtime.base import DecoderSpec, Float32, SlotState
 
 if TYPE_CHECKING:
     from python_backends.decoder.reuse import Reused
-    from python_backends.kv.cache import Hit
+    from python_backends.kv.hit import Hit
 
 TopLogprobs = tuple[tuple[int, float], ...]
 """(token id, log-probability) of the most likely tokens at one position, in falling order."""

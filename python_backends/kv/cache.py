@@ -18,17 +18,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from python_backends.errors import EntryLostError, InternalError, TierError
+from python_backends.errors import EntryLostError, TierError
 from python_backends.kv import identity
 from python_backends.kv.blocks import TIERS, EntryId, EntryKey, Match, Move, Tier
+from python_backends.kv.hit import Hit
 from python_backends.kv.identity import ImageSpan, PromptIds
 from python_backends.kv.tiers.base import MemoryStore, TierStore
-from python_backends.runtime.base import DecoderRuntime, KvLayout
+from python_backends.runtime.base import KvLayout
 
 if TYPE_CHECKING:
     from python_backends.kv.manager import KvManager
+    from python_backends.kv.mover import Mover
     from python_backends.kv.policies.base import Visit
 
 log = logging.getLogger("wicore")
@@ -41,18 +43,6 @@ LOAD_DEADLINE_S = 2.0
 WRITE_DEADLINE_S = 30.0
 URGENT, IDLE = 0, 1
 """Priorities of moves: a request waits; nobody does."""
-
-
-class MoveRunner(Protocol):
-    """What the cache asks of `mover.Mover`."""
-
-    def submit(self, move: Move, *, priority: int, deadline_s: float) -> Future[None]:
-        """Copy a payload on a thread of its own. The future fails with a TierError, also where time is up."""
-        ...
-
-    def close(self) -> None:
-        """End what is under way, and the threads."""
-        ...
 
 
 class KvCache:
@@ -74,7 +64,7 @@ class KvCache:
         manager: KvManager,
         stores: Mapping[Tier, TierStore],
         memory: Mapping[Tier, MemoryStore],
-        mover: MoveRunner | None = None,
+        mover: Mover | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.layout = layout
@@ -84,7 +74,8 @@ class KvCache:
         self._memory = dict(memory)
         self._mover = mover
         self._clock = clock
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        """Of the books; held by nobody who reads or writes payloads."""
         self._filling: set[EntryId] = set()
         self._closed = False
         self._recover()
@@ -115,35 +106,62 @@ class KvCache:
             salt=identity.salt_hash(cache_salt),
         )
 
-    def look_up(self, ids: PromptIds, limit: int) -> Hit:
-        """The longest beginning of at most ``limit`` tokens that is held; what of it lies on NVMe is being loaded."""
-        hit = Hit(self, ids, limit)
-        hit._find()
+    def look_up(self, ids: PromptIds, limit: int, token_s: float = 0.0) -> Hit:
+        """The longest beginning of at most ``limit`` tokens that is held; what of it lies on NVMe is being loaded.
+
+        Where computing takes ``token_s`` a token (0: unknown), what would be computed sooner is not loaded.
+        """
+        hit = Hit(self, ids, limit, token_s)
+        hit.find()
         return hit
+
+    def worth_loading(self, match: Match, cold: Sequence[EntryKey], token_s: float) -> bool:
+        """Whether loading is expected to end before computing would."""
+        if self._mover is None or not token_s or match.tail is None:
+            return True
+        from python_backends.kv.costs import Piece, choose
+
+        link: tuple[Tier, Tier] = ("nvme", self._load_target)
+        slow = {key.id for key in cold}
+        *blocks, tail = [Piece(key.num_bytes, (link,) if key.id in slow else ()) for key in match.keys]
+        plan = choose(
+            blocks,
+            tail,
+            tokens=match.length,
+            block_tokens=self.layout.block_tokens,
+            tokens_per_s=1 / token_s,
+            speeds=self._mover.speeds,
+        )
+        return plan.load_s <= plan.recompute_s
 
     def held_blocks(self, ids: PromptIds) -> int:
         """Blocks from the first on that are held without a gap."""
-        with self._lock:
+        with self.lock:
             return self._manager.match(ids, len(ids), self._clock()).deepest_block_match // self.layout.block_tokens
 
-    def _match(self, ids: PromptIds, limit: int) -> Match:
-        with self._lock:
+    def match(self, ids: PromptIds, limit: int) -> Match:
+        """The longest beginning of at most ``limit`` tokens, acquired."""
+        with self.lock:
             match = self._manager.match(ids, limit, self._clock())
             self._manager.acquire(match.keys)
             return match
 
-    def _release(self, keys: Sequence[EntryKey]) -> None:
-        with self._lock:
+    def release(self, keys: Sequence[EntryKey]) -> None:
+        """Let go of what `match` acquired."""
+        with self.lock:
             self._manager.release(keys)
 
-    def _prefetch(self, keys: Sequence[EntryKey], done: Callable[[], None]) -> None:
+    def prefetch(self, keys: Sequence[EntryKey], done: Callable[[], None]) -> None:
         """Bring entries into host memory; ``done`` is called once, maybe at once, maybe from another thread."""
-        target: Tier = "host" if "host" in self._memory else "device"
-        with self._lock:
-            moves = self._begun(self._manager.plan_prefetch(keys, target, self._clock()))
+        with self.lock:
+            moves = self._begun(self._manager.plan_prefetch(keys, self._load_target, self._clock()))
         pending = _Countdown(len(moves), done)
         for move in moves:
             self._run(move, URGENT, LOAD_DEADLINE_S, pending.tick)
+
+    @property
+    def _load_target(self) -> Tier:
+        return "host" if "host" in self._memory else "device"
 
     # --- keeping --------------------------------------------------------------------------------------------------
 
@@ -159,7 +177,7 @@ class KvCache:
 
         ``recompute_s`` is what computing it again would take, the entries before it given; ``visit`` is the request's.
         """
-        with self._lock:
+        with self.lock:
             if self._closed:
                 return False
             insert = self._manager.insert(key, "device", self._clock(), recompute_s=recompute_s, visit=visit)
@@ -177,29 +195,29 @@ class KvCache:
             with self._memory["device"].fill(key) as room:
                 export(room)
         except TierError as error:
-            with self._lock:
+            with self.lock:
                 self._manager.lost(key, "device", error.reason, self._clock())
             return False
         finally:
-            with self._lock:
+            with self.lock:
                 self._filling.discard(key.id)
         return True
 
     def touch(self, keys: Sequence[EntryKey]) -> Visit:
         """A request uses these entries, maybe none; give the visit to `keep` with what it adds."""
-        with self._lock:
+        with self.lock:
             return self._manager.touch(keys, self._clock())
 
     def observe(self, keys: Sequence[EntryKey], masses: Sequence[float]) -> None:
         """Attention that entries in use received, relative to the mean of their prompt's blocks."""
-        with self._lock:
+        with self.lock:
             self._manager.observe(keys, masses)
 
     # --- moving ---------------------------------------------------------------------------------------------------
 
     def rebalance(self) -> None:
         """Begin the moves that tiers above their watermark and pinned entries ask for."""
-        with self._lock:
+        with self.lock:
             if self._closed:
                 return
             moves = self._begun(self._manager.plan_moves(self._clock(), MOVES_AT_ONCE))
@@ -257,7 +275,7 @@ class KvCache:
         done()
 
     def _finish(self, move: Move, error: TierError | None) -> None:
-        with self._lock:
+        with self.lock:
             now = self._clock()
             reason = "" if error is None else error.reason
             drops = self._manager.finish(move, now, ok=error is None, reason=reason)
@@ -296,133 +314,27 @@ class KvCache:
 
     def stats(self) -> dict[str, object]:
         """Of the book-keeper and of every tier; JSON-ready."""
-        with self._lock:
+        with self.lock:
             found = dict(self._manager.stats())
-        return {"manager": found, "tiers": {tier: store.stats().as_dict() for tier, store in self._stores.items()}}
+        tiers = {tier: store.stats().as_dict() for tier, store in self._stores.items()}
+        moves = {} if self._mover is None else self._mover.stats()
+        return {"manager": found, "tiers": tiers, "mover": moves}
 
     def check_integrity(self) -> None:
         """Raise InternalError where the books disagree with themselves or with what the tiers hold."""
-        with self._lock:
+        with self.lock:
             self._manager.check_integrity()
         for store in self._stores.values():
             store.check_integrity()
 
     def close(self) -> None:
         """End the moves and close the tiers; what is on NVMe stays for the next server."""
-        with self._lock:
+        with self.lock:
             self._closed = True
         if self._mover is not None:
             self._mover.close()
         for store in self._stores.values():
             store.close()
-
-
-class Hit:
-    """What of a prompt the cache holds, kept where it is until `release`. Made by `KvCache.look_up`."""
-
-    def __init__(self, cache: KvCache, ids: PromptIds, limit: int) -> None:
-        self.ids = ids
-        self.cache = cache
-        self._limit = limit
-        self._match: Match | None = None
-        self._loading = False
-        self._released = False
-        self._then: Callable[[], None] = lambda: None
-
-    def _find(self) -> None:
-        # A tail one token further serves as well: its window reaches far enough back (`DecoderRuntime.import_blocks`).
-        further = self.ids.can_resume_at(self._limit) and self._limit < len(self.ids)
-        self._match = match = self.cache._match(self.ids, self._limit + further)
-        cold = [key for key in match.keys if not self.cache.in_memory(key)]
-        if cold:
-            self._loading = True
-            self.cache._prefetch(cold, self._loaded)
-
-    def _loaded(self) -> None:
-        """Loads are over: keep what came, or else the longest beginning that is in memory without them."""
-        assert self._match is not None
-        cache = self.cache
-        with cache._lock:
-            if not self._released and not all(cache.in_memory(key) for key in self._match.keys):
-                self._fall_back()
-            self._loading = False
-            then = self._then
-        then()
-
-    def _fall_back(self) -> None:
-        assert self._match is not None
-        cache, before = self.cache, self._match
-        cache._release(before.keys)
-        limit = before.length - 1
-        while limit > 0:
-            match = cache._match(self.ids, limit)
-            if all(cache.in_memory(key) for key in match.keys):
-                break
-            cache._release(match.keys)
-            limit = match.length - 1
-        else:
-            match = cache._match(self.ids, 0)
-        self._match = match
-
-    @property
-    def match(self) -> Match:
-        """What was found."""
-        assert self._match is not None
-        return self._match
-
-    @property
-    def length(self) -> int:
-        """Tokens that need not be computed."""
-        return min(self.match.length, self._limit)
-
-    @property
-    def missed(self) -> str:
-        """Why it is not more; "" where it is all but what must be computed."""
-        return "" if self.match.length >= self._limit else self.match.missed
-
-    @property
-    def loading(self) -> bool:
-        """Whether a part of it is on its way into memory; `length` may shrink until that is over."""
-        return self._loading
-
-    def when_loaded(self, then: Callable[[], None]) -> bool:
-        """Have ``then`` called, from another thread, when nothing is on its way any more; False: that is so now."""
-        with self.cache._lock:
-            if self._loading:
-                self._then = then
-            return self._loading
-
-    @property
-    def tokens_by_tier(self) -> dict[str, int]:
-        """How many of the `length` tokens came from each tier."""
-        found: dict[str, int] = dict.fromkeys(TIERS, 0)
-        end = 0
-        match = self.match
-        tiers = [*match.block_tiers, *([] if match.tail_tier is None else [match.tail_tier])]
-        for key, tier in zip(match.keys, tiers, strict=True):
-            found[tier] += max(0, min(key.position, self.length) - end)
-            end = key.position
-        return found
-
-    def load(self, runtime: DecoderRuntime, slot: int) -> bool:
-        """Put the tokens into a slot; False where an entry was lost, and nothing of the slot may be used."""
-        match = self.match
-        if match.tail is None or self._loading:
-            raise InternalError("nothing was found, or it is not in memory yet")
-        with contextlib.ExitStack() as stack:
-            try:
-                views = [stack.enter_context(self.cache.view(key)) for key in match.keys]
-            except EntryLostError:
-                return False
-            runtime.import_blocks(slot, views[:-1], views[-1], match.length, keep=self.length)
-        return True
-
-    def release(self) -> None:
-        """Let go of it. May be called again."""
-        with self.cache._lock:
-            if not self._released:
-                self._released = True
-                self.cache._release(self.match.keys)
 
 
 class _Countdown:
@@ -431,13 +343,13 @@ class _Countdown:
     def __init__(self, count: int, done: Callable[[], None]) -> None:
         self._count = count
         self._done = done
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         if not count:
             done()
 
     def tick(self) -> None:
         """Another one is done."""
-        with self._lock:
+        with self.lock:
             self._count -= 1
             last = not self._count
         if last:
