@@ -4,6 +4,6 @@
 loaded, and where the CPU, the compiler or a self-check says no, the stock kernels run.
 """
 
-from python_backends.runtime.kernels.accelerate import accelerate
+from python_backends.runtime.kernels.loading import accelerate
 
 __all__ = ["accelerate"]

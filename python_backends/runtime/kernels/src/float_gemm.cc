@@ -14,10 +14,14 @@ namespace {
 constexpr int64_t kTileBytes = 1024;             // 16 rows of 64 bytes
 constexpr int64_t kStep = 32;                    // k of one tile
 constexpr int64_t kChunkSteps = 18;              // unpacked weights of so many steps fill 36 KiB of a 48 KiB cache
-constexpr int64_t kSliceBytes = 5 * (1 << 18);   // activations kept in the second-level cache
+// Of a second-level cache of 2 MiB: all activations of a product whose panels are computed one by one, or else a slice of
+// them beside the sums of many panels.
+constexpr int64_t kWholeBytes = 5 << 18, kSliceBytes = 5 << 17;
 
 int64_t slice_steps(const BrainRows& x) {
-  const int64_t slices = (x.pairs * x.steps * 2 * kTileBytes + kSliceBytes - 1) / kSliceBytes;
+  const int64_t bytes = x.pairs * x.steps * 2 * kTileBytes;
+  if (bytes <= kWholeBytes) return x.steps;
+  const int64_t slices = (bytes + kSliceBytes - 1) / kSliceBytes;
   return (x.steps + slices - 1) / slices;
 }
 

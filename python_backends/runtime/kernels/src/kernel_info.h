@@ -105,10 +105,10 @@ class NodeInfo {
 };
 
 // Runs a region on the session's threads.
-inline void run(const ort::Api& api, const ort::KernelContext* context, Region& region, int threads) {
-  if (threads < 2 || !region.parallel()) return region.run();
+inline void run(const ort::Api& api, const ort::KernelContext* context, Region& region) {
+  if (!region.parallel()) return region.run();
   const auto work = [](void* data, size_t) { static_cast<Region*>(data)->run(); };
-  check(api.parallel_for(context, work, static_cast<size_t>(threads), &region));
+  check(api.parallel_for(context, work, static_cast<size_t>(region.threads()), &region));
 }
 
 }  // namespace wicore

@@ -100,9 +100,9 @@ void DecoderLayer::compute(ort::KernelContext* context) const {
     Buffers(*this, rows.count, kernel, measure);
     Carver carver(node_scratch().at_least(measure.used()));
     const Buffers buffers(*this, rows.count, kernel, carver);
-    Region region;
+    Region region(threads_);
     add_phases(region, rows, buffers);
-    run(api_, context, region, threads_);
+    run(api_, context, region);
     rows.stream += rows.count * width_;
     rows.out += rows.count * width_;
     if (rows.attention) rows.attention += rows.count * out_projection_->shape().k;
@@ -115,7 +115,7 @@ void DecoderLayer::add_phases(Region& region, const Rows& rows, const Buffers& b
   const float* addend = nullptr;
   if (out_projection_) {
     add_fill(region, buffers.attention, rows.attention);
-    add_product(region, *out_projection_, buffers.attention, nullptr, buffers.product, threads_);
+    add_product(region, *out_projection_, buffers.attention, nullptr, buffers.product);
     addend = buffers.product;
   }
   add_residual(region,
@@ -123,13 +123,13 @@ void DecoderLayer::add_phases(Region& region, const Rows& rows, const Buffers& b
                         epsilon_},
                rows.count);
   if (out_projection_) stream = rows.out;
-  add_gated_product(region, *gate_up_, buffers.gate, buffers.hidden, threads_);
-  add_product(region, *down_, buffers.hidden, nullptr, buffers.product, threads_);
+  add_gated_product(region, *gate_up_, buffers.gate, buffers.hidden);
+  add_product(region, *down_, buffers.hidden, nullptr, buffers.product);
   add_residual(region,
                Residual{stream, buffers.product, down_gamma_.data(), rows.out, next_gamma_.data(),
                         next_projection_ ? &buffers.next : nullptr, width_, epsilon_},
                rows.count);
-  if (next_projection_) add_product(region, *next_projection_, buffers.next, nullptr, rows.next, threads_);
+  if (next_projection_) add_product(region, *next_projection_, buffers.next, nullptr, rows.next);
 }
 
 }  // namespace wicore

@@ -13,7 +13,7 @@
 namespace wicore {
 namespace {
 
-constexpr int64_t kTaskBytes = 1 << 16;  // weights of a decode task: some microseconds at a core's bandwidth
+constexpr int64_t kTaskBytes = 1 << 16;  // weights of a task: some microseconds at a core's bandwidth
 constexpr int64_t kTaskRows = 16;        // rows of a task between the products of a prompt
 
 // Panels of one task, a multiple of `unit`, of `panels` in all.
@@ -84,10 +84,9 @@ void add_fill(Region& region, const Operand& operand, const float* x) {
   });
 }
 
-void add_product(Region& region, const PackedMatrix& matrix, const Operand& x, const float* bias, float* out,
-                 int threads) {
+void add_product(Region& region, const PackedMatrix& matrix, const Operand& x, const float* bias, float* out) {
   const Shape& shape = matrix.shape();
-  const int64_t per_task = panels_per_task(x, shape.panels(), 1, threads);
+  const int64_t per_task = panels_per_task(x, shape.panels(), 1, region.threads());
   region.add(tasks_of(shape.panels(), per_task), [=, &matrix, &shape](int64_t task) {
     const int64_t last = std::min(shape.panels(), (task + 1) * per_task);
     const int64_t at_once = x.together() ? per_task : 1;
@@ -106,11 +105,10 @@ bool can_gate(const Shape& gate_up, const Shape& down) {
   return gate_up.n == 2 * down.k && down.k % kPanel == 0 && down.k % down.block == 0;
 }
 
-void add_gated_product(Region& region, const PackedMatrix& matrix, const Operand& x, const Operand& hidden,
-                       int threads) {
+void add_gated_product(Region& region, const PackedMatrix& matrix, const Operand& x, const Operand& hidden) {
   const int64_t branch = matrix.shape().panels() / 2, unit = hidden.shape().block / kPanel;
   // Two panels for every one counted: half as many of them make a task.
-  const int64_t per_task = std::max(unit, panels_per_task(x, branch, 2 * unit, threads) / 2);
+  const int64_t per_task = std::max(unit, panels_per_task(x, branch, 2 * unit, region.threads()) / 2);
   region.add(tasks_of(branch, per_task), [=, &matrix](int64_t task) {
     const int64_t last = std::min(branch, (task + 1) * per_task);
     const int64_t at_once = x.together() ? per_task : unit;

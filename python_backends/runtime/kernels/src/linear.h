@@ -15,12 +15,11 @@ namespace wicore {
 void add_fill(Region& region, const Operand& operand, const float* x);
 
 // out [rows, N] = x · W + bias; bias is [N] or null.
-void add_product(Region& region, const PackedMatrix& matrix, const Operand& x, const float* bias, float* out,
-                 int threads);
+void add_product(Region& region, const PackedMatrix& matrix, const Operand& x, const float* bias, float* out);
 
 // W holds the gate's columns, then as many of the other branch: hidden [rows, N / 2] = gelu(x · gate) * (x · up). N / 2
 // must be a multiple of the panel and of the hidden operand's block.
-void add_gated_product(Region& region, const PackedMatrix& matrix, const Operand& x, const Operand& hidden, int threads);
+void add_gated_product(Region& region, const PackedMatrix& matrix, const Operand& x, const Operand& hidden);
 
 // Whether a matrix and the one behind it can go through `add_gated_product`.
 bool can_gate(const Shape& gate_up, const Shape& down);

@@ -33,10 +33,10 @@ void QuantizedMatMul::compute(ort::KernelContext* context) const {
   for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
     const int64_t count = std::min(kRowsAtOnce, rows - first);
     const Operand operand(shape, count, kernel, node_scratch().at_least(Operand::bytes(shape, count, kernel)));
-    Region region;
+    Region region(threads_);
     add_fill(region, operand, x + first * shape.k);
-    add_product(region, *matrix_, operand, bias_.empty() ? nullptr : bias_.data(), out + first * shape.n, threads_);
-    run(api_, context, region, threads_);
+    add_product(region, *matrix_, operand, bias_.empty() ? nullptr : bias_.data(), out + first * shape.n);
+    run(api_, context, region);
   }
 }
 

@@ -1,6 +1,8 @@
 // Memory that a thread keeps between calls.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -15,14 +17,19 @@ class Scratch {
     if (bytes > size_) {
       memory_.reset();
       size_ = 0;
-      memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+      const int64_t unit = bytes < kHugePage ? 64 : kHugePage;
+      const int64_t rounded = (bytes + unit - 1) / unit * unit;
+      memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(unit, rounded)));
       if (!memory_) throw std::bad_alloc();
+      if (unit == kHugePage) madvise(memory_.get(), rounded, MADV_HUGEPAGE);
       size_ = bytes;
     }
     return memory_.get();
   }
 
  private:
+  static constexpr int64_t kHugePage = 1 << 21;
+
   struct Free {
     void operator()(uint8_t* memory) const { std::free(memory); }
   };

@@ -1,0 +1,16 @@
+import pytest
+
+from python_backends.errors import InternalError
+from python_backends.runtime.kernels import cpu
+from python_backends.runtime.kernels.compile import library
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled():
+    """The library, where this machine can have one."""
+    if cpu.missing():
+        pytest.skip(f"the CPU lacks {', '.join(cpu.missing())}")
+    try:
+        return library()
+    except InternalError as error:
+        pytest.skip(error.message)
