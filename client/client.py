@@ -8,16 +8,18 @@ an ensemble that a stream was cancelled, so the client tells the decoder.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import operator
 import secrets
-import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
+import grpc.experimental
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from client.answer import Answer, AnswersBuilder, Piece, Progress, from_rpc, read_piece
@@ -28,8 +30,7 @@ from python_backends.errors import InvalidParameterError, ServerUnavailableError
 
 TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 2.0
-STOP_DELAYS_S = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
-"""A request that is still at the tokenizer is unknown to the decoder, so a stop is sent again a few times."""
+"""How long a stop may take."""
 STOPPED = "stop"
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
@@ -37,6 +38,8 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),  # two minutes otherwise, long after a server is back
 )
+# A call that is read in the thread that makes it: at its exit the interpreter starts no threads (3.12).
+_SYNC_OPTIONS = (*CHANNEL_OPTIONS, (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1))
 
 
 def new_request_id() -> str:
@@ -72,9 +75,16 @@ class Client:
     def __init__(self, address: str = DEFAULT_ADDRESS, timeout_s: float | None = TIMEOUT_S) -> None:
         self.address = address
         self.timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(address, options=_SYNC_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._stops: set[threading.Thread] = set()
+        self._stop_call = self._channel.unary_stream(
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
+        self._open: dict[str, Any] = {}
+        """Calls whose answer is not complete, by request id."""
+        _CLIENTS.add(self)
 
     def __enter__(self) -> Self:
         return self
@@ -85,9 +95,9 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Deliver stops that are on their way, then close the connection."""
-        for thread in list(self._stops):
-            thread.join()
+        """Stop what is not complete, then close the connection. Done at the interpreter's exit too."""
+        for request_id in list(self._open):
+            self._leave(request_id)
         self._channel.close()
 
     def ready(self, timeout_s: float = 5.0) -> bool:
@@ -163,6 +173,7 @@ class Client:
         request_id = request_id or new_request_id()
         request = generate_request(prompt, messages, images, request_id, options)
         call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s or self.timeout_s)
+        self._open[request_id] = call
         progress, over = Progress(_count(options)), False
         try:
             for response in call:
@@ -182,8 +193,10 @@ class Client:
             over = True  # the server has ended it
             raise
         finally:
-            if not (over or progress.complete):
-                self._stop_later(request_id, call)
+            if over or progress.complete:
+                self._open.pop(request_id, None)
+            else:
+                self._leave(request_id)
 
     def stop(self, request_id: str) -> bool:
         """End a request wherever it was sent from; False where the server knows none of that name.
@@ -192,30 +205,32 @@ class Client:
             ServerUnavailableError: nobody answers.
         """
         try:
-            call = self._stub.ModelStreamInfer(iter([stop_request(request_id)]), timeout=STOP_TIMEOUT_S)
+            call = self._stop_call(stop_request(request_id), timeout=STOP_TIMEOUT_S)
             pieces = [read_piece(response) for response in call]
         except grpc.RpcError as error:
             raise from_rpc(error, self.address) from error
         return any(piece is not None and piece.finish_reason == STOPPED for piece in pieces)
 
-    def _stop_later(self, request_id: str, call: Any) -> None:
-        """Stop from a thread, so that whoever closes a generator does not wait. The interpreter waits at its exit."""
+    def _leave(self, request_id: str) -> None:
+        """Stop a request, unless somebody did. One stop is enough: the decoder remembers one that comes too early."""
+        call = self._open.pop(request_id, None)
+        if call is None:
+            return
+        try:
+            self.stop(request_id)
+        except (WiCoreError, ValueError):
+            pass  # a server that has gone, or a closed connection, has no request to stop
+        finally:
+            call.cancel()
 
-        def run() -> None:
-            try:
-                for delay in STOP_DELAYS_S:
-                    time.sleep(delay)
-                    if self.stop(request_id):
-                        break
-            except WiCoreError:
-                pass  # a server that has gone has no request to stop
-            finally:
-                call.cancel()
-                self._stops.discard(thread)
 
-        thread = threading.Thread(target=run, name="wicore-stop")
-        self._stops.add(thread)
-        thread.start()
+_CLIENTS: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_clients() -> None:
+    for client in list(_CLIENTS):
+        client.close()
 
 
 class AsyncClient:
@@ -227,6 +242,8 @@ class AsyncClient:
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._stops: set[asyncio.Task[None]] = set()
+        self._open: dict[str, Any] = {}
+        """Calls whose answer is not complete, by request id."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -237,7 +254,9 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """See `Client.close`."""
+        """See `Client.close`; only a loop that is closed without it leaves requests to their deadline."""
+        for request_id in list(self._open):
+            self._leave(request_id)
         if self._stops:
             await asyncio.wait(self._stops)
         await self._channel.close()
@@ -301,8 +320,12 @@ class AsyncClient:
     ) -> AsyncGenerator[Piece, None]:
         """See `Client.stream`. Cancelling the task stops the request; so does closing the iterator (`aclosing`)."""
         request_id = request_id or new_request_id()
-        request = await asyncio.to_thread(generate_request, prompt, messages, images, request_id, options)
+        if images:  # files are read and pictures are encoded
+            request = await asyncio.to_thread(generate_request, prompt, messages, images, request_id, options)
+        else:
+            request = generate_request(prompt, messages, images, request_id, options)
         call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s or self.timeout_s)
+        self._open[request_id] = call
         progress, over = Progress(_count(options)), False
         try:
             async for response in call:
@@ -322,10 +345,10 @@ class AsyncClient:
             over = True  # the server has ended it
             raise
         finally:
-            if not (over or progress.complete):
-                task = asyncio.get_running_loop().create_task(self._stop_repeatedly(request_id, call))
-                self._stops.add(task)
-                task.add_done_callback(self._stops.discard)
+            if over or progress.complete:
+                self._open.pop(request_id, None)
+            else:
+                self._leave(request_id)
 
     async def stop(self, request_id: str) -> bool:
         """See `Client.stop`."""
@@ -336,13 +359,18 @@ class AsyncClient:
             raise from_rpc(error, self.address) from error
         return any(piece is not None and piece.finish_reason == STOPPED for piece in pieces)
 
-    async def _stop_repeatedly(self, request_id: str, call: Any) -> None:
+    def _leave(self, request_id: str) -> None:
+        """Stop a request, unless somebody did, from a task of its own: the caller's may be cancelled."""
+        call = self._open.pop(request_id, None)
+        if call is not None:
+            task = asyncio.get_running_loop().create_task(self._deliver_stop(request_id, call))
+            self._stops.add(task)
+            task.add_done_callback(self._stops.discard)
+
+    async def _deliver_stop(self, request_id: str, call: Any) -> None:
         try:
-            for delay in STOP_DELAYS_S:
-                await asyncio.sleep(delay)
-                if await self.stop(request_id):
-                    break
-        except WiCoreError:
-            pass  # a server that has gone has no request to stop
+            await self.stop(request_id)
+        except (WiCoreError, grpc.aio.UsageError):
+            pass  # a server that has gone, or a closed connection, has no request to stop
         finally:
             call.cancel()

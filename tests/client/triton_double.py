@@ -70,8 +70,6 @@ class TritonDouble(service_pb2_grpc.GRPCInferenceServiceServicer):
     """`answer` makes the responses to a request of the ensemble; stops are kept, in order, in `stopped`."""
 
     answer: Callable[[dict[str, Any]], Iterator[Response]]
-    unknown_stops: int = 0
-    """So many stops are answered "not found" first, as for a request that has not reached the decoder yet."""
     stopped: list[str] = field(default_factory=list)
     stop_seen: threading.Event = field(default_factory=threading.Event)
     peers: set[str] = field(default_factory=set)
@@ -92,19 +90,17 @@ class TritonDouble(service_pb2_grpc.GRPCInferenceServiceServicer):
     def _stop(self, values: dict[str, Any]) -> Response:
         assert values["command"].item() == b"stop"
         self.stopped.append(values["request_id"].item().decode())
-        if len(self.stopped) <= self.unknown_stops:
-            return piece("", (), "not_found")
         self.stop_seen.set()
         return piece("", (), "stop")
 
 
 @contextmanager
-def serving(answer: Callable[[dict[str, Any]], Iterator[Response]], unknown_stops: int = 0) -> Iterator[TritonDouble]:
-    """The double on a free port."""
-    double = TritonDouble(answer, unknown_stops)
+def serving(answer: Callable[[dict[str, Any]], Iterator[Response]], port: int = 0) -> Iterator[TritonDouble]:
+    """The double on that port, or on a free one."""
+    double = TritonDouble(answer)
     server = grpc.server(futures.ThreadPoolExecutor(32))
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(double, server)
-    double.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    double.address = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
     server.start()
     try:
         yield double

@@ -49,10 +49,7 @@ def test_a_closed_stream_is_gone_from_the_decoder(client: Client) -> None:
     pieces = client.stream("Hi", request_id="closed", **LONG)  # type: ignore[arg-type]
     next(pieces)
     pieces.close()
-    deadline = time.monotonic() + 5
-    while any(thread.is_alive() for thread in client._stops):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    time.sleep(0.5)  # the step that runs ends first
     assert not client.stop("closed")
 
 
