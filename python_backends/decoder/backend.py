@@ -19,6 +19,7 @@ from python_backends import contract, manifest, triton_io
 from python_backends.config import Config, load
 from python_backends.decoder.engine import Engine
 from python_backends.decoder.formats import FormatReader
+from python_backends.decoder.metrics import MetricsReporter
 from python_backends.decoder.open import open_engine, open_tokenizer
 from python_backends.decoder.parameters import Parameters, parameters_within, read_logit_bias
 from python_backends.decoder.sequence import Piece, Request
@@ -75,6 +76,7 @@ class TritonPythonModel:
         built = manifest.load(repository, [contract.DECODER, contract.TOKENIZER])
         self._engine: Engine = open_engine(built, self._config)
         self._formats = FormatReader(open_tokenizer(built), built.model)
+        self._metrics = self._report_metrics()
         # Two pools: a request waits in one for its images in the other, so neither can fill up with waits for itself.
         self._preparing = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="wicore-prepare")
         self._encoders = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="wicore-encode")
@@ -89,7 +91,21 @@ class TritonPythonModel:
         """End every request and free the runtime."""
         self._preparing.shutdown(wait=False, cancel_futures=True)
         self._encoders.shutdown(wait=False, cancel_futures=True)
+        if self._metrics is not None:
+            self._metrics.close()
         self._engine.close()
+
+    def _report_metrics(self) -> MetricsReporter | None:
+        """None without a KV cache, or where Triton offers no metrics."""
+        cache = self._engine.cache
+        family = getattr(pb_utils, "MetricFamily", None)
+        if cache is None or family is None:
+            return None
+        try:
+            return MetricsReporter(family, cache.stats)
+        except pb_utils.TritonModelException as error:
+            log.warning("no metrics of the KV cache: %s", error)
+            return None
 
     def _start(self, request: Any, answer: Answer) -> None:
         triton_io.refuse_unimplemented(request, MODEL)

@@ -74,7 +74,7 @@ class Engine:
             self.spec.num_slots, config.max_queue, config.max_overtakes, config.quantum_tokens or None
         )
         self._budget = PrefillBudget(config.prefill_chunk, config.target_inter_token_ms / 1000)
-        self._cache = cache
+        self.cache = cache
         self._reuse = Reuse(cache, runtime, lambda: self._budget.token_s)
         self._writer = AnswerWriter(tokenizer)
         self._masks = StepMasks(self.spec, config.max_draft)
@@ -170,8 +170,8 @@ class Engine:
         self._intake.close()
         self._writer.close()
         self._masks.close()
-        if self._cache is not None:
-            self._cache.close()
+        if self.cache is not None:
+            self.cache.close()
         self._runtime.close()
 
     @property
@@ -191,7 +191,7 @@ class Engine:
             }
         slots = {"slots": self.spec.num_slots, "max_context_length": self.spec.max_context_length}
         found = {**now, **slots, "totals": self.stats.read(), "queue_times": self.stats.queue_times()}
-        return found if self._cache is None else {**found, "kv_cache": self._cache.stats()}
+        return found if self.cache is None else {**found, "kv_cache": self.cache.stats()}
 
     def check_integrity(self) -> None:
         """Raise AssertionError where an invariant does not hold."""

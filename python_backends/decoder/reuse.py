@@ -106,9 +106,8 @@ class Reuse:
         loaded = hit.load(self._runtime, slot)
         if loaded:
             reused.kept = len(hit.match.blocks)
-            sequence.cached = CachedTokens(hit.tokens_by_tier, hit.missed)
-        else:
-            sequence.cached = CachedTokens({}, "lost")
+        sequence.cached = CachedTokens(hit.tokens_by_tier, hit.missed) if loaded else CachedTokens({}, "lost")
+        self._cache.count(sequence.cached.by_tier, sequence.prompt_length, sequence.cached.missed)
         reused.visit = self._cache.touch(hit.match.keys if loaded else ())
         hit.release()
         return loaded
@@ -118,6 +117,7 @@ class Reuse:
         if sequence.reused is not None and sequence.reused.hit is not None:
             hit, sequence.reused.hit = sequence.reused.hit, None
             sequence.cached = CachedTokens({}, hit.missed)
+            hit.cache.count({}, sequence.prompt_length, hit.missed)
             sequence.reused.visit = hit.cache.touch(())
             hit.release()
 

@@ -16,6 +16,7 @@ import hashlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
@@ -77,6 +78,8 @@ class KvCache:
         self.lock = threading.RLock()
         """Of the books; held by nobody who reads or writes payloads."""
         self._filling: set[EntryId] = set()
+        self._tokens: Counter[str] = Counter()
+        self._lookups: Counter[str] = Counter()
         self._closed = False
         self._recover()
 
@@ -208,6 +211,13 @@ class KvCache:
         with self.lock:
             return self._manager.touch(keys, self._clock())
 
+    def count(self, by_tier: Mapping[str, int], num_tokens: int, missed: str) -> None:
+        """A prompt of ``num_tokens`` had so many from each tier, and no more because of ``missed``."""
+        with self.lock:
+            self._tokens.update(by_tier)
+            self._tokens["computed"] += num_tokens - sum(by_tier.values())
+            self._lookups[missed] += 1
+
     def observe(self, keys: Sequence[EntryKey], masses: Sequence[float]) -> None:
         """Attention that entries in use received, relative to the mean of their prompt's blocks."""
         with self.lock:
@@ -318,7 +328,9 @@ class KvCache:
             found = dict(self._manager.stats())
         tiers = {tier: store.stats().as_dict() for tier, store in self._stores.items()}
         moves = {} if self._mover is None else self._mover.stats()
-        return {"manager": found, "tiers": tiers, "mover": moves}
+        with self.lock:
+            counted = {"prompt_tokens": dict(self._tokens), "lookups": dict(self._lookups)}
+        return {"manager": found, "tiers": tiers, "mover": moves, **counted}
 
     def check_integrity(self) -> None:
         """Raise InternalError where the books disagree with themselves or with what the tiers hold."""

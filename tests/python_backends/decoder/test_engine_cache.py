@@ -43,9 +43,9 @@ def open_engine(tokenizer, tmp_path):
         while not engine.idle and time.monotonic() < deadline:
             time.sleep(0.005)
         engine.check_integrity()
-        if engine._cache is not None:
-            assert not references(engine._cache), "a reference was not released"
-            engine._cache.check_integrity()
+        if engine.cache is not None:
+            assert not references(engine.cache), "a reference was not released"
+            engine.cache.check_integrity()
         engine.close()
 
 
