@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 860, 420
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 44, 54
-COLOURS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8a5fb0")
+COLOURS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8a5fb0", "#b8860b", "#008b8b", "#555555")
 TICKS = 6
 SMALLEST = 1e-9
 """An axis whose largest value is below it is drawn as if it were empty."""

@@ -6,7 +6,7 @@ import typer
 
 from builders.cli import build
 from client.commands import ask, chat, demo, serve
-from client.commands.bench import engine, peers, triton
+from client.commands.bench import cache, engine, peers, triton
 from client.commands.bench import serve as bench_serve
 from client.commands.random_checkpoint import random_checkpoint
 
@@ -27,6 +27,7 @@ app.command("describe")(ask.describe)
 app.command("random-checkpoint")(random_checkpoint)
 
 benches = typer.Typer(help="Measure speed and latency.", no_args_is_help=True, rich_markup_mode=None)
+benches.command("cache")(cache.cache)
 benches.command("engine")(engine.engine)
 benches.command("serve")(bench_serve.serve)
 benches.command("peers")(peers.peers)

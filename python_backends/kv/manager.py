@@ -318,5 +318,6 @@ class KvManager:
 
     def check_integrity(self) -> None:
         """Raises InternalError where references, bytes, tree, tiers or policies disagree."""
+        self._moves.settle()
         self._table.check_integrity()
         self._reuse.check_integrity()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 
 from python_backends.errors import InternalError
@@ -21,6 +21,7 @@ class Moves:
         self._table = table
         self._admission = admission
         self._counters = counters
+        self._streams: dict[Tier, tuple[float, Generator[Entry]]] = {}
         self._dropping: dict[tuple[EntryId, Tier], None] = {}
         """Payloads whose bytes are given up but which the caller has not dropped yet: nothing may be put there."""
         self._unsaved: dict[Entry, None] = {}
@@ -36,49 +37,61 @@ class Moves:
     def make_room(self, book: TierBook, key: EntryKey, quota: int | None, now: float) -> tuple[bool, tuple[Move, ...]]:
         """Whether ``key`` fits on the tier and within its salt's quota after these moves, which have begun."""
         begun: list[Move] = []
+        size = key.num_bytes
+        if quota is not None and book.by_salt.get(key.salt, 0) + size > quota:
+            self._evict_own(book, key, quota - size, now, begun)
+            if book.by_salt.get(key.salt, 0) + size > quota:
+                return False, tuple(begun)
+        if book.free < size <= book.limits.limit_bytes:
+            self._evict(book, size, now, begun)
+        return book.free >= size, tuple(begun)
 
-        def own() -> bool:
-            return quota is None or book.by_salt.get(key.salt, 0) + key.num_bytes <= quota
-
-        if not own():
-            self._evict(book, own, now, begun, lambda entry: entry.key.salt == key.salt)
-        if own() and book.free < key.num_bytes <= book.limits.limit_bytes:
-            self._evict(book, lambda: book.free >= key.num_bytes, now, begun, None)
-        return own() and book.free >= key.num_bytes, tuple(begun)
-
-    def _evict(
-        self,
-        book: TierBook,
-        enough: Callable[[], bool],
-        now: float,
-        begun: list[Move],
-        wanted: Callable[[Entry], bool] | None,
-    ) -> None:
-        """Begin moves out of the tier until there is enough room; parents of entries elsewhere only if nothing else
-        goes, since those entries are orphans then."""
-        parents: list[Entry] = []
+    def _evict_own(self, book: TierBook, key: EntryKey, quota: int, now: float, begun: list[Move]) -> None:
+        """Begin moves of the salt's own entries until at most ``quota`` bytes are left."""
+        self.settle()
         with closing(self._victims(book, now)) as victims:
             for entry in victims:
-                if wanted is not None and not wanted(entry):
-                    continue
-                if not self._can_go(entry, book):
-                    if not entry.pins:
-                        parents.append(entry)
-                    continue
+                if entry.key.salt == key.salt and self._can_go(entry, book):
+                    begun.append(self._push_out(entry, book, now))
+                    if book.by_salt.get(key.salt, 0) <= quota:
+                        return
+
+    def _evict(self, book: TierBook, size: int, now: float, begun: list[Move]) -> None:
+        """Begin moves until ``size`` bytes are free."""
+        for entry in self._stream(book, now):
+            if self._can_go(entry, book):
                 begun.append(self._push_out(entry, book, now))
-                if enough():
+                if book.free >= size:
                     return
-        for entry in parents:
-            if entry.held & book.bit and not entry.refs and entry.moving is None:
+        self.settle()
+        # Nothing else goes: parents of entries on slower tiers, which are orphans then.
+        for entry in list(self._victims(book, now)):
+            if not entry.pins and entry.held & book.bit and self._is_free(entry):
                 begun.append(self._push_out(entry, book, now))
-                if enough():
+                if book.free >= size:
                     return
+
+    def _stream(self, book: TierBook, now: float) -> Generator[Entry]:
+        """The tier's victims, from where the insertion before went on if it was of the same moment: entries come many
+        at a time."""
+        found = self._streams.get(book.tier)
+        if found is None or found[0] != now:
+            self.settle()
+            found = self._streams[book.tier] = (now, self._victims(book, now))
+        return found[1]
+
+    def settle(self) -> None:
+        """Give back to the policies what `_stream` has taken out to look at."""
+        for _, stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
 
     def _victims(self, book: TierBook, now: float) -> Generator[Entry]:
         """Entries that may leave the tier, first those that are of no use at all."""
-        for entry in list(self._table.orphans):
-            if entry.held & book.bit and self._is_free(entry):
-                yield entry
+        if self._table.orphans:
+            for entry in list(self._table.orphans):
+                if entry.held & book.bit and self._is_free(entry):
+                    yield entry
         with closing(book.policy.victims(now)) as victims:
             for victim in victims:
                 if isinstance(victim, Entry) and self._is_free(victim):
@@ -106,9 +119,11 @@ class Moves:
 
     def _can_go(self, entry: Entry, book: TierBook) -> bool:
         """Whether it can leave the tier without leaving its children or a session without it."""
+        if not (entry.held & ~book.bit or entry.pins or any(entry.near)):
+            return True
         if entry.held & ~book.bit or entry.pins:  # a copy that fails would lose a pinned one
             return bool(entry.held & ~book.bit)
-        return self._landing(entry, book) is not None or not any(entry.near) or entry in self._table.orphans
+        return self._landing(entry, book) is not None or entry in self._table.orphans
 
     def _landing(self, entry: Entry, book: TierBook) -> TierBook | None:
         """The next tier, where an entry that is wanted in memory at once could go: disks are too slow for that."""
@@ -142,6 +157,7 @@ class Moves:
     # -- room in time ------------------------------------------------------------------------------------------------
     def plan(self, now: float, limit: int) -> list[Move]:
         """See `KvManager.plan_moves`. Nothing is begun but the drops of erased entries that are free now."""
+        self.settle()
         moves = self._plan_doomed()
         moves += self._plan_saves(now, limit - len(moves))
         for book in reversed(self._table.books):
@@ -223,6 +239,7 @@ class Moves:
 
     def plan_prefetch(self, keys: Sequence[EntryKey], book: TierBook, now: float) -> list[Move]:
         """See `KvManager.plan_prefetch`."""
+        self.settle()
         wanted = []
         for key in keys:
             entry = self._table.get(key.id)

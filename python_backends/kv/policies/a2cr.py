@@ -43,12 +43,13 @@ class A2CR:
         self._heap: list[Item] = []
         self._changes: list[tuple[float, int, BlockStats]] = []
         self._sequence = 0
+        self._exposed: BlockStats | None = None
+        """The newest leaf by `on_expose`."""
 
     def worth(self, entry: BlockStats, now: float) -> float:
         """Seconds saved per byte and second."""
         age = now - entry.visit.time
-        rate = self._reuse.index(self._reuse.features(entry))[age_bin(age)]
-        worth = rate * (entry.recompute_s or 1.0) / max(1, entry.key.num_bytes)
+        worth = self._reuse.rates(entry)[age_bin(age)] * (entry.recompute_s or 1.0) / max(1, entry.key.num_bytes)
         if entry.mass is not None:
             mass = min(max(entry.mass, MIN_MASS), MAX_MASS)
             worth *= mass ** (MASS_EXPONENT * math.exp(-self._decay * age))
@@ -75,6 +76,7 @@ class A2CR:
     def on_expose(self, entry: BlockStats, now: float) -> None:
         """See `Policy`."""
         self._fresh[entry] = None
+        self._exposed = entry
 
     def victims(self, now: float) -> Generator[BlockStats]:
         """See `Policy`."""
@@ -91,10 +93,25 @@ class A2CR:
                 if scored.get(item[4]) == item[3]:
                     kept.append(item)
                     yield item[4]
+                    yield from self._run_above(item[4])
         finally:
             for item in kept:
                 if scored.get(item[4]) == item[3]:
                     heapq.heappush(heap, item)
+
+    def _run_above(self, entry: BlockStats) -> Generator[BlockStats]:
+        """What the removal of a victim exposed, if it is as old and of the same class: its worth is not above the
+        victim's, so it is next, and needs no place in the heaps."""
+        while entry not in self._scored:
+            above = self._exposed
+            if above is None or above.visit is not entry.visit or above.uses != entry.uses or above.mass != entry.mass:
+                return
+            if entry.key.position == entry.visit.end or entry.key.kind == "tail" or above not in self._fresh:
+                return
+            yield above
+            entry = above
+            if above in self._fresh:  # not taken
+                return
 
     def _bring_up(self, now: float) -> None:
         """Mark what must be scored anew."""

@@ -49,7 +49,7 @@ WINDOW = 16_384
 """Lives and visits that are learned from."""
 FIRST_FIT = 64
 """Visits before the first fit; the next ones follow when there are an eighth more, at most REFIT later."""
-REFIT = 512
+REFIT = 256
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +62,9 @@ class _Record(Visit):
     """Entries whose newest visit this is, by role (0 or 2) and bucket of uses."""
     last: BlockStats | None = None
     """The deepest block."""
+    rates: dict[int, list[float]] = field(default_factory=dict)
+    version: tuple[int, int, int] = (-1, 0, 0)
+    """For which state of the model and of the visit ``rates`` holds."""
 
 
 @dataclass(slots=True)
@@ -170,6 +173,22 @@ class ReuseModel:
         visit = entry.visit
         role = 2 if entry.key.kind == "tail" else int(entry.key.position >= visit.end)
         return _features(role, visit, entry.uses)
+
+    def rates(self, entry: BlockStats) -> list[float]:
+        """`index` of its features; kept with the visit, since many entries share it."""
+        visit = entry.visit
+        if not isinstance(visit, _Record):
+            raise InternalError("visits are opened by the model")
+        version = (self.fits, visit.end, visit.turn)
+        if visit.version != version:
+            visit.version = version
+            visit.rates.clear()
+        role = 2 if entry.key.kind == "tail" else int(entry.key.position >= visit.end)
+        where = 8 * role + min(entry.uses, 4)
+        found = visit.rates.get(where)
+        if found is None:
+            found = visit.rates[where] = self.index(self.features(entry))
+        return found
 
     def index(self, features: Features) -> list[float]:
         """[BINS] the best rate of reuse per second, by age."""
