@@ -67,6 +67,7 @@ class Outermost:
             else:
                 raise
         finally:
+            call.close()
             seconds = time.perf_counter() - begin
             path = getattr(scope.get("route"), "path", "other")
             self._metrics.http(scope["method"], path, call.status or errors.CLIENT_CLOSED_REQUEST, seconds)
@@ -85,6 +86,21 @@ class _Call:
         scope.setdefault("state", {})["request_id"] = self.request_id
         self._send = send
         self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._sending: tuple[float, asyncio.Task[object]] | None = None
+        self._watchdog = self._loop.call_later(timeout_s, self._check)
+
+    def close(self) -> None:
+        """Nothing more is sent."""
+        self._watchdog.cancel()
+
+    def _check(self) -> None:
+        """One timer for a request, not one for each of its tokens."""
+        now = self._loop.time()
+        since, task = self._sending or (now, None)
+        if task is not None and now - since >= self._timeout_s:
+            task.cancel(ClientTooSlowError)
+        self._watchdog = self._loop.call_later(max(0.1, since + self._timeout_s - now), self._check)
 
     async def send(self, message: Message) -> None:
         """Pass on, with the headers that every answer has."""
@@ -93,11 +109,18 @@ class _Call:
             names = {name for name, _ in message["headers"]}
             added = [(name, value) for name, value in _HEADERS if name not in names]
             message["headers"] = [*message["headers"], *added, (b"x-request-id", self.request_id.encode())]
+        task = asyncio.current_task()
+        assert task is not None
+        self._sending = self._loop.time(), task
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._send(message)
-        except TimeoutError:
+            await self._send(message)
+        except asyncio.CancelledError as error:
+            if ClientTooSlowError not in error.args:
+                raise
+            task.uncancel()
             raise ClientTooSlowError from None
+        finally:
+            self._sending = None
 
 
 def _refused_headers(scope: Scope, host: str) -> Response | None:

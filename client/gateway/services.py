@@ -27,7 +27,7 @@ class Services:
     vocabulary: Vocabulary
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:
     found: Services = request.app.state.services
     return found
 
