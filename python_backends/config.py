@@ -23,6 +23,7 @@ MAY_BE_ZERO = frozenset(
         "server_port",
         "max_concurrent_requests",
         "max_requests_per_minute",
+        "nvme_memory_gb",
         "nvme_daily_writes_gb",
     )
 )
@@ -104,7 +105,7 @@ class Config:
     nvme_path: str = ""
     """Folder for the tier on disk, for this server alone; none: no such tier."""
     nvme_memory_gb: float = 64.0
-    """What the tier on disk may take (GB); clipped to what the disk has."""
+    """What the tier on disk may take (GB), 0: no such tier; clipped to what the disk has."""
     nvme_daily_writes_gb: float = 0.0
     """What may be written to it in a day (GB), to spare the disk; 0: any number."""
 

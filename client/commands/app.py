@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from builders.cli import build
-from client.commands import ask, chat, demo, serve
+from client.commands import ask, chat, demo, serve, stats
 from client.commands.bench import cache, engine, peers, triton
 from client.commands.bench import serve as bench_serve
 from client.commands.random_checkpoint import random_checkpoint
@@ -24,6 +24,7 @@ app.command("serve")(serve.serve)
 app.command("env")(serve.env)
 app.command("chat")(chat.chat)
 app.command("describe")(ask.describe)
+app.command("stats")(stats.stats)
 app.command("random-checkpoint")(random_checkpoint)
 
 benches = typer.Typer(help="Measure speed and latency.", no_args_is_help=True, rich_markup_mode=None)
