@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from python_backends.decoder.detokenizer import Detokenizer, StopStrings
 from python_backends.decoder.sequence import ActiveSequence, Piece, PromptLogprobs, Request, TopLogprobs, Usage
 from python_backends.decoder.tool_calls import ToolCall, ToolCallParser
-from python_backends.errors import WiCoreError
+from python_backends.errors import InternalError, WiCoreError
 
 log = logging.getLogger("wicore")
 
@@ -44,6 +44,7 @@ class _Answer:
     detokenizer: Detokenizer
     stops: StopStrings
     tools: ToolCallParser | None
+    min_tokens: int
     completion_tokens: int = 0
     called: bool = False
 
@@ -80,6 +81,14 @@ class AnswerWriter:
                     self._begin(item)
             except Exception:
                 log.exception("an answer could not be written")
+                self._give_up(item.sequence if isinstance(item, Drawn) else item)
+
+    def _give_up(self, sequence: ActiveSequence) -> None:
+        """Tell the caller and have the engine free the slot; what else is drawn is dropped."""
+        self._answers.pop(sequence.sequence_id, None)
+        sequence.cancelled = True
+        error = InternalError("the answer could not be written; see the server's log")
+        _send(sequence.request, Piece("", index=sequence.index, finish_reason="error", error=error))
 
     def _begin(self, sequence: ActiveSequence) -> None:
         request = sequence.request
@@ -87,6 +96,7 @@ class AnswerWriter:
             Detokenizer(self._tokenizer),
             StopStrings(request.parameters.stop),
             ToolCallParser(request.tools) if request.tools else None,
+            request.parameters.min_tokens,
         )
         if request.parameters.echo:
             text = self._tokenizer.decode(list(request.input_ids), skip_special_tokens=True)
@@ -130,7 +140,11 @@ class AnswerWriter:
         for position, token in enumerate(drawn.token_ids):
             if position == last and drawn.finish_reason == "stop":
                 break  # the token that ends an answer is counted but has no text
-            safe, found = answer.stops.add(answer.detokenizer.add(token))
+            piece = answer.detokenizer.add(token)
+            if answer.completion_tokens + position < answer.min_tokens:
+                text += piece  # a stop string that began here would end the answer too early
+                continue
+            safe, found = answer.stops.add(piece)
             text += safe
             if found:
                 return text, position + 1, True
@@ -149,7 +163,8 @@ def _through_tools(
     if ended:
         parsed.append(parser.finish())
     calls: Sequence[ToolCall] = [call for part in parsed for call in part.calls]
-    return "".join(part.text for part in parsed), tuple(calls)
+    # A call that the answer's end cut off is no call; its text is all there is of it.
+    return "".join([*(part.text for part in parsed), parser.unfinished]), tuple(calls)
 
 
 def _send(request: Request, piece: Piece) -> None:

@@ -29,6 +29,7 @@ from python_backends.errors import (
     CancelledError,
     DeadlineExceededError,
     InternalError,
+    InvalidParameterError,
     OverloadedError,
     ServerUnavailableError,
     WiCoreError,
@@ -42,7 +43,7 @@ log = logging.getLogger("wicore")
 IDLE_WAIT_S = 0.5
 """How often an idle engine looks at the deadlines of its queue."""
 WATCH_S = 0.01
-"""How often callers are asked whether they have gone."""
+"""How often callers are asked whether they have gone, or twice a step where steps are long: it costs a message each."""
 REMEMBER_STOP_S = 60.0
 
 
@@ -55,6 +56,7 @@ class Engine:
         config: queue limits, chunk size, fairness, drafts.
         clock: seconds, monotonic; a test may give its own.
         cache: keeps KV beyond the requests that computed it; closed with the engine. None: every prompt is computed.
+        on_failure: called once every request has been told, where a fault of the engine's own ended its loop.
     """
 
     def __init__(
@@ -64,11 +66,13 @@ class Engine:
         config: Config,
         clock: Callable[[], float] = time.monotonic,
         cache: KvCache | None = None,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self.spec = runtime.spec
         self.stats = Stats()
         self._runtime = runtime
         self._clock = clock
+        self._on_failure = on_failure
         self._config = config
         self._scheduler = Scheduler(
             self.spec.num_slots, config.max_queue, config.max_overtakes, config.quantum_tokens or None
@@ -100,9 +104,12 @@ class Engine:
             OverloadedError: the queue is full.
             ServerUnavailableError: the engine is closing.
             CancelledError: its id was stopped before it came.
-            InvalidRequestError: the request does not fit the model (`Request.check`).
+            InvalidRequestError: the request does not fit the model (`Request.check`), or more answers than can wait.
         """
         request.check(self.spec)
+        most = self.spec.num_slots + self._config.max_queue
+        if request.parameters.n > most:
+            raise InvalidParameterError(f"n is {request.parameters.n}; this server has room for {most} answers at once")
         hit = request.hit or self._reuse.look_up(request)
         try:
             self._submit(request, hit)
@@ -127,7 +134,7 @@ class Engine:
                 seed,
                 spec=self.spec,
                 max_draft=self._config.max_draft,
-                now=self._clock(),
+                now=self._clock() if request.arrived_s is None else request.arrived_s,
             )
             for index, seed in enumerate(seeds(request.parameters))
         ]
@@ -147,15 +154,18 @@ class Engine:
     def stop(self, request_id: str) -> bool:
         """End the requests of that id before the next step; whether there was one.
 
-        A request that is still on its way here (its images are being encoded) is ended when it arrives.
+        A request that is still on its way here (its images are being encoded) is ended when it arrives. Requests
+        without an id are nobody's to stop.
         """
+        if not request_id:
+            return False
         with self._changed:
             now = self._clock()
             self._stopped = {each: until for each, until in self._stopped.items() if until > now}
             found = [each for each in self._sequences.values() if each.request.request_id == request_id]
             for sequence in found:
                 sequence.cancelled = True
-            if request_id and not found:
+            if not found:
                 self._stopped[request_id] = now + REMEMBER_STOP_S
             self._changed.notify_all()
             return bool(found)
@@ -203,10 +213,26 @@ class Engine:
     # --- one step ---------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while (step := self._schedule()) is not None:
-            outputs = self._run(step)
-            if outputs is not None:
-                self._postprocess(step, outputs)
+        try:
+            while (step := self._schedule()) is not None:
+                outputs = self._run(step)
+                if outputs is not None:
+                    self._postprocess(step, outputs)
+        except Exception:
+            log.exception("the engine failed")
+            self._fail()
+
+    def _fail(self) -> None:
+        """After a fault of our own nothing here can be trusted: tell every caller, take no more."""
+        with self._changed:
+            self._closing = True
+            for sequence in self._sequences.values():
+                error = InternalError("the decode engine failed; see the server's log")
+                self._writer.write(Drawn(sequence, (), (), finish_reason="error", error=error))
+            self._sequences.clear()
+            self._changed.notify_all()
+        self._writer.close()
+        self._on_failure()
 
     def _schedule(self) -> Step | None:
         """Wait for work; None when closed."""
@@ -357,8 +383,17 @@ class Engine:
                 self._changed.wait_for(lambda: self._closing or self._sequences)
                 sequences = list(self._sequences.values())
             for sequence in sequences:
-                if not sequence.cancelled and sequence.request.is_cancelled():
+                if not sequence.cancelled and _has_gone(sequence):
                     with self._changed:
                         sequence.cancelled = True
                         self._changed.notify_all()
-            time.sleep(WATCH_S)
+            time.sleep(max(WATCH_S, self._budget.decode_s / 2))
+
+
+def _has_gone(sequence: ActiveSequence) -> bool:
+    """Whether the caller says so; one who cannot be asked has gone."""
+    try:
+        return sequence.request.is_cancelled()
+    except Exception:
+        log.exception("a caller could not be asked whether it has gone")
+        return True

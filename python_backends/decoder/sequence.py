@@ -104,6 +104,8 @@ class Request:
     hit: Hit | None = None
     """What the cache holds of the prompt, where it was looked up already (`Engine.look_up`)."""
     request_id: str = ""
+    arrived_s: float | None = None
+    """On the engine's clock, where its times count from before `Engine.submit`."""
     is_cancelled: Callable[[], bool] = lambda: False
     grammar: Grammar | None = None
     tools: Sequence[Tool] = ()
