@@ -1,6 +1,6 @@
 """Policies to compare with: queues with ghosts (ARC, S3-FIFO), hit density (LHD), and Belady's with the future known.
 
-All keep the manager's rule that only leaves leave. The queues pass over shielded entries as if they had been used.
+All keep the manager's rule that only leaves leave. The queues put shielded entries back at their end.
 """
 
 from __future__ import annotations
@@ -163,11 +163,14 @@ class S3FIFO(_Queues):
             passed += 1
             if len(self._small) * 10 >= self._capacity or not self._main:
                 entry, uses = next(iter(self._small.items()))
-                if uses > 0 or entry not in self._leaves:
+                queue = self._small
+                if uses > 0:
                     del self._small[entry]
                     self._main[entry] = 0
                     continue
-                queue = self._small
+                if entry not in self._leaves:
+                    queue.move_to_end(entry)
+                    continue
             else:
                 entry, uses = next(iter(self._main.items()))
                 queue = self._main

@@ -277,11 +277,10 @@ def gittins(hazard: Float64) -> Float64:
     """[BINS] hazards per second, each constant in its bin → [BINS] index at the beginning of each bin."""
     widths = _WIDTHS.copy()
     widths[-1] = HORIZON_S
-    survive = np.exp(-hazard * widths)
-    alive = np.concatenate([[1.0], np.cumprod(survive)])
-    waiting = np.concatenate([[0.0], np.cumsum(alive[:-1] * (1.0 - survive) / hazard)])
-    index = np.zeros(BINS)
-    for begin in range(BINS):
-        reused = alive[begin] - alive[begin + 1 :]
-        index[begin] = np.max(reused / np.maximum(waiting[begin + 1 :] - waiting[begin], 1e-12))
-    return index
+    risks = hazard * widths
+    total = np.concatenate([[0.0], np.cumsum(risks)])
+    # [a, b]: alive at the beginning of bin b, given alive at that of bin a ≤ b.
+    alive = np.exp(np.minimum(total[:-1, None] - total[None, :], 0.0))
+    waiting = np.cumsum(np.triu(alive[:, :-1]) * (-np.expm1(-risks) / hazard), axis=1)
+    found: Float64 = np.max(np.triu((1.0 - alive[:, 1:]) / np.maximum(waiting, 1e-9)), axis=1)
+    return found

@@ -1,0 +1,113 @@
+"""The learned model of reuse, and what is decided by it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from python_backends.kv.admission import DAY_S, WriteBudget
+from python_backends.kv.blocks import EntryKey
+from python_backends.kv.policies.a2cr import A2CR
+from python_backends.kv.policies.base import BlockStats
+from python_backends.kv.policies.reuse import BINS, EDGES, FIRST_FIT, ReuseModel, age_bin, gittins
+
+
+def key(name: int, position: int = 64, num_bytes: int = 1) -> EntryKey:
+    return EntryKey(name.to_bytes(32, "big"), "block", bytes(32), position, num_bytes, bytes(32))
+
+
+def entry(model: ReuseModel, name: int, now: float, position: int = 64) -> BlockStats:
+    made = BlockStats(key(name, position), model.open_visit(now))
+    model.add(made)
+    return made
+
+
+def test_before_anything_is_learned_the_order_is_that_of_lru() -> None:
+    index = gittins(np.array(ReuseModel()._hazard((0, 1, 1, 1))))
+    assert np.all(np.diff(index) < 0), "the longer ago, the less worth"
+
+
+def test_the_index_of_a_constant_hazard_is_that_hazard() -> None:
+    assert gittins(np.full(BINS, 0.02)) == pytest.approx(np.full(BINS, 0.02), rel=1e-6)
+
+
+def test_the_index_rises_towards_a_hazard_that_lies_ahead() -> None:
+    hazard = np.full(BINS, 1e-6)
+    peak = age_bin(100.0)
+    hazard[peak] = 0.05
+    index = gittins(hazard)
+    assert np.all(np.diff(index[: peak + 1]) > 0)
+    assert index[peak] == pytest.approx(0.05, rel=1e-3)
+    assert index[peak + 1] < 1e-5
+
+
+def test_it_learns_when_entries_come_back() -> None:
+    """Even names come back after 60 s, odd ones never; they differ in how much their visit added."""
+    model = ReuseModel()
+    now, waiting = 0.0, []
+    for name in range(4 * FIRST_FIT):
+        now += 5.0
+        made = entry(model, name, now, position=64 if name % 2 else 4096)
+        if name % 2 == 0:
+            waiting.append((now + 60.0, made))
+        while waiting and waiting[0][0] <= now:
+            at, back = waiting.pop(0)
+            model.move(back, model.open_visit(at), at)
+        model.check_integrity()
+    model.fit(now)
+    good, bad = entry(model, 10_000, now, position=4096), entry(model, 10_001, now, position=64)
+    assert model.probability(good, now, 240.0) > 0.6
+    assert model.probability(bad, now, 240.0) < 0.1
+    policy = A2CR(model, 0.01)
+    assert policy.worth(good, now + 30.0) > 10 * policy.worth(bad, now + 30.0)
+    assert policy.worth(good, now + 30.0) > policy.worth(good, now + 300.0), "its time has passed"
+
+
+def test_probability_agrees_with_the_hazard_within_a_bin() -> None:
+    model = ReuseModel()
+    made = entry(model, 1, 0.0)
+    hazard = model._hazard(model.features(made))[age_bin(100.0)]
+    assert model.probability(made, 100.0, 1.0) == pytest.approx(1 - np.exp(-hazard), rel=1e-6)
+    assert EDGES[age_bin(100.0)] <= 100.0 < EDGES[age_bin(100.0) + 1]
+
+
+def test_attention_is_evidence_that_fades_and_is_neutral_where_there_is_none() -> None:
+    model = ReuseModel()
+    policy = A2CR(model, decay_factor=0.1)
+    made = entry(model, 1, 0.0)
+    neutral = [policy.worth(made, at) for at in (1.0, 60.0)]
+    made.mass = 1.0
+    assert [policy.worth(made, at) for at in (1.0, 60.0)] == pytest.approx(neutral)
+    made.mass = 4.0
+    attended = [policy.worth(made, at) / plain for at, plain in zip((1.0, 60.0), neutral, strict=True)]
+    assert attended[0] > 1.5
+    assert 1.0 < attended[1] < 1.01
+    made.mass = 0.25
+    assert policy.worth(made, 1.0) < neutral[0]
+
+
+def test_worth_counts_the_cost_of_computing_and_the_bytes() -> None:
+    model = ReuseModel()
+    policy = A2CR(model, 0.01)
+    made = entry(model, 1, 0.0)
+    made.recompute_s = 1.0
+    once = policy.worth(made, 5.0)
+    made.recompute_s = 3.0
+    assert policy.worth(made, 5.0) == pytest.approx(3 * once)
+    made.key = key(1, num_bytes=2)
+    assert policy.worth(made, 5.0) == pytest.approx(1.5 * once)
+
+
+def test_the_write_budget_is_kept_and_spent_on_what_is_likely() -> None:
+    model = ReuseModel()
+    budget = WriteBudget(model, bytes_per_day=DAY_S / 4)  # 2,160 bytes at once, a quarter a second
+    rng = np.random.default_rng(0)
+    admitted = {True: 0, False: 0}
+    for second in range(0, 10_000):
+        fresh = bool(rng.random() < 0.5)
+        visit = ReuseModel().open_visit(float(second) - (1.0 if fresh else 600.0))
+        made = BlockStats(key(second), visit)
+        admitted[fresh] += budget.admits(made, float(second))
+    assert sum(admitted.values()) <= 10_000 / 4 + DAY_S / 40
+    assert admitted[True] > admitted[False], "before learning the newer is the likelier"
+    assert budget.refused == 10_000 - sum(admitted.values())
