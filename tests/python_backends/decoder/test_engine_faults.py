@@ -119,7 +119,12 @@ def test_a_tool_call_that_is_cut_off_is_given_as_text():
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3 "))
     tokenizer.decoder = decoders.Fuse()
     pieces = []
-    request = Request([3], Parameters(max_tokens=2), pieces.append, tools=[Tool("weather", "", {"type": "object", "properties": {"city": {}}})])
+    request = Request(
+        [3],
+        Parameters(max_tokens=2),
+        pieces.append,
+        tools=[Tool("weather", "", {"type": "object", "properties": {"city": {}}})],
+    )
     spec = decoder(tiny("1b"), num_slots=1, context=16).spec
     sequence = make_sequence(request, 0, 0, 1, spec=spec, max_draft=0, now=0.0)
     writer = AnswerWriter(tokenizer)
