@@ -58,10 +58,34 @@ async def pieces(services: Services, ask: Ask) -> AsyncGenerator[Piece, None]:
             async with aclosing(stream):
                 async for piece in stream:
                     now = time.perf_counter()
-                    metrics.observe(piece, now, ask.arrived_s, last_s)
+                    _observe(services, piece, now, ask.arrived_s, last_s)
                     yield piece
         finally:
-            metrics.request_s.observe(time.perf_counter() - ask.arrived_s)
+            seconds = time.perf_counter() - ask.arrived_s
+            metrics.request_s.observe(seconds)
+            services.monitor.request.add(seconds)
+
+
+def _observe(services: Services, piece: Piece, now: float, arrived_s: float, last_s: dict[int, float]) -> None:
+    """A piece came ``now``; ``last_s`` remembers when each of the n answers last had one."""
+    metrics, monitor = services.metrics, services.monitor
+    before = last_s.get(piece.index)
+    count = len(piece.token_ids)
+    if before is None:
+        if not last_s:
+            metrics.first_token_s.observe(now - arrived_s)
+            monitor.first_token.add(now - arrived_s)
+    elif count:
+        each = (now - before) / count  # tokens that came together (drafts) share the time
+        for _ in range(count):
+            metrics.inter_token_s.observe(each)
+            monitor.inter_token.add(each)
+    if count or before is None:
+        last_s[piece.index] = now
+    if piece.finish_reason:
+        metrics.ended.labels(piece.finish_reason).inc()
+    if piece.usage:
+        metrics.used(piece.usage, first=piece.index == 0)
 
 
 async def whole(services: Services, ask: Ask) -> tuple[Answer, ...]:

@@ -20,11 +20,14 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from client.gateway import errors, health
+from client.gateway import errors, health, native
+from client.gateway.decoder_metrics import DecoderCollector
+from client.gateway.gpu import GpuMeter
 from client.gateway.images import ImageReader
 from client.gateway.lifecycle import Lifecycle
 from client.gateway.metrics import Metrics
 from client.gateway.middleware import BodyReader, Draining, Outermost
+from client.gateway.monitor import Monitor
 from client.gateway.openai import chat, completions, models
 from client.gateway.services import Services
 from client.gateway.settings import GatewaySettings
@@ -89,11 +92,16 @@ def create_app(settings: GatewaySettings, lifecycle: Lifecycle | None = None) ->
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         triton = Triton(settings.triton, settings.answer_timeout_s)
-        vocabulary = Vocabulary(settings.repository)
-        app.state.services = Services(settings, lifecycle, metrics, triton, ImageReader(settings), vocabulary)
+        monitor = Monitor(triton, GpuMeter())
+        app.state.services = Services(
+            settings, lifecycle, metrics, triton, ImageReader(settings), Vocabulary(settings.repository), monitor
+        )
+        metrics.registry.register(DecoderCollector(monitor))
+        monitor.start()
         try:
             yield
         finally:
+            await monitor.close()
             await triton.close()
 
     app = FastAPI(
@@ -123,4 +131,4 @@ def create_app(settings: GatewaySettings, lifecycle: Lifecycle | None = None) ->
 
 def routers() -> list[APIRouter]:
     """Every endpoint."""
-    return [health.router, chat.router, completions.router, models.router]
+    return [health.router, chat.router, completions.router, models.router, native.router]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Literal
 
 from fastapi import APIRouter
@@ -9,6 +10,7 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from client.gateway.services import ServicesOf
+from python_backends.errors import WiCoreError
 
 router = APIRouter(tags=["operations"])
 
@@ -45,5 +47,7 @@ async def ready(services: ServicesOf) -> Response:
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(services: ServicesOf) -> Response:
-    """Prometheus metrics."""
+    """Prometheus metrics: the gateway's, and the decoder's as it last told them."""
+    with contextlib.suppress(WiCoreError):
+        await services.monitor.refresh()
     return Response(services.metrics.text(), media_type="text/plain; version=0.0.4")

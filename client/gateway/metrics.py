@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from client.answer import Piece, Usage
+from client.answer import Usage
 
 FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -69,25 +69,8 @@ class Metrics:
         self._http.labels(known, handler, str(status)).inc()
         self._http_s.labels(handler).observe(seconds)
 
-    def observe(self, piece: Piece, now: float, arrived_s: float, last_s: dict[int, float]) -> None:
-        """A piece of an answer came ``now``; ``last_s`` remembers when each of the n answers last had one."""
-        before = last_s.get(piece.index)
-        count = len(piece.token_ids)
-        if before is None:
-            if not last_s:
-                self.first_token_s.observe(now - arrived_s)
-        elif count:
-            for _ in range(count):  # tokens that came together (drafts) share the time
-                self.inter_token_s.observe((now - before) / count)
-        if count or before is None:
-            last_s[piece.index] = now
-        if piece.finish_reason:
-            self.ended.labels(piece.finish_reason).inc()
-        if piece.usage:
-            self._count(piece.usage, first=piece.index == 0)
-
-    def _count(self, usage: Usage, *, first: bool) -> None:
-        """The prompt counts once, whatever the number of its answers."""
+    def used(self, usage: Usage, *, first: bool) -> None:
+        """An answer has ended; the prompt counts with the ``first``, whatever the number of its answers."""
         self.generation_tokens.inc(usage.completion_tokens)
         self.answer_length.observe(usage.completion_tokens)
         if first:

@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 from client.gateway.images import ImageReader
 from client.gateway.lifecycle import Lifecycle
 from client.gateway.metrics import Metrics
+from client.gateway.monitor import Monitor
 from client.gateway.settings import GatewaySettings
 from client.gateway.triton import Triton
 from client.gateway.vocabulary import Vocabulary
@@ -25,6 +26,7 @@ class Services:
     triton: Triton
     images: ImageReader
     vocabulary: Vocabulary
+    monitor: Monitor
 
 
 async def _services(request: Request) -> Services:

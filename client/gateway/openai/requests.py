@@ -83,21 +83,40 @@ class StreamOptions(Lenient):
     include_usage: bool = False
 
 
-class Sampling(Strict):
-    """What chat and text completions share."""
+class Generation(Strict):
+    """How an answer is drawn and when it ends; what every endpoint shares."""
 
-    model: str | None = Field(None, description="As /v1/models names it; there is one.")
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: int | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = None
     temperature: Number | None = Field(None, description="0, the default, takes the likeliest token.")
     top_p: Number | None = None
+    top_k: int | None = None
+    min_p: Number | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
+    repetition_penalty: Number | None = None
     logit_bias: dict[str, Number] | None = None
+    response_format: dict[str, Any] | None = Field(
+        None, description="text, json_object, json_schema; also regex, choice and grammar."
+    )
+    priority: int | None = Field(None, description="Lower is served sooner.")
+    queue_timeout_ms: int | None = None
+    deadline_ms: int | None = None
+    session: str | None = Field(None, description="A conversation whose KV cache is to be kept.")
+    cache_salt: str | None = Field(None, description="Cached prompts are shared only between requests of one salt.")
+
+
+class Sampling(Generation):
+    """What chat and text completions share. What OpenAI's API does not have goes into its client's `extra_body`."""
+
+    model: str | None = Field(None, description="As /v1/models names it; there is one.")
+    stream_options: StreamOptions | None = None
+    n: int | None = None
     # Known to OpenAI's API and without meaning here.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -105,18 +124,6 @@ class Sampling(Strict):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    # Extensions (`extra_body` of OpenAI's Python client).
-    min_tokens: int | None = None
-    top_k: int | None = None
-    min_p: Number | None = None
-    repetition_penalty: Number | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    priority: int | None = Field(None, description="Lower is served sooner.")
-    queue_timeout_ms: int | None = None
-    deadline_ms: int | None = None
-    session: str | None = Field(None, description="A conversation whose KV cache is to be kept.")
-    cache_salt: str | None = Field(None, description="Cached prompts are shared only between requests of one salt.")
 
 
 class ChatRequest(Sampling):
@@ -126,9 +133,6 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: dict[str, Any] | None = Field(
-        None, description="text, json_object, json_schema; also regex, choice and grammar."
-    )
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = Field(None, description="False gives the first call alone.")
@@ -141,7 +145,6 @@ class CompletionRequest(Sampling):
     logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None
-    response_format: dict[str, Any] | None = None
 
 
 class EmbeddingRequest(Lenient):

@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from client.answer import Piece, TopLogprobs, Usage
 from client.gateway.answering import Ask, triton_id
-from client.gateway.openai.requests import ChatRequest, CompletionRequest, Message, Sampling
+from client.gateway.openai.requests import ChatRequest, CompletionRequest, Generation, Message
 from client.gateway.services import Services
 from client.gateway.vocabulary import Vocabulary
 from python_backends import contract
@@ -50,7 +50,7 @@ def check_model(name: str | None, services: Services) -> None:
         raise UnknownModelError(f"there is no model {name!r} here; use {served!r}")
 
 
-def options_of(body: Sampling) -> dict[str, Any]:
+def options_of(body: Generation) -> dict[str, Any]:
     """What is given, by the client library's names."""
     options = {name: value for name in _SAME if (value := getattr(body, name, None)) is not None}
     if body.seed is not None:
