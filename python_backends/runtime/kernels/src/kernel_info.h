@@ -87,7 +87,8 @@ class NodeInfo {
 
   // The matrix whose data, scales and zero points (optional) are the inputs from `index` on and whose attributes K, N,
   // bits and block_size begin with `prefix`.
-  std::unique_ptr<PackedMatrix> matrix(size_t index, const std::string& prefix, int threads) const {
+  std::unique_ptr<PackedMatrix> matrix(size_t index, const std::string& prefix, int threads,
+                                       PanelOrder order = PanelOrder::kPlain) const {
     Shape shape;
     shape.n = integer(prefix + "N");
     shape.k = integer(prefix + "K");
@@ -96,7 +97,7 @@ class NodeInfo {
     const auto* weights = constant<uint8_t>(index);
     const auto* scales = constant<float>(index + 1);
     if (!weights || !scales) throw std::runtime_error("the weights of a quantized product must be constants");
-    return std::make_unique<PackedMatrix>(shape, weights, scales, constant<uint8_t>(index + 2), threads);
+    return std::make_unique<PackedMatrix>(shape, weights, scales, constant<uint8_t>(index + 2), threads, order);
   }
 
  private:

@@ -59,7 +59,7 @@ DecoderLayer::DecoderLayer(const ort::Api& api, const ort::KernelInfo* info) : a
   const NodeInfo node(api, info);
   threads_ = static_cast<int>(node.integer("threads"));
   epsilon_ = node.real("epsilon");
-  gate_up_ = node.matrix(kGateUp, "gate_", threads_);
+  gate_up_ = node.matrix(kGateUp, "gate_", threads_, PanelOrder::kPairs);
   down_ = node.matrix(kDown, "down_", threads_);
   if (node.integer("out_N")) out_projection_ = node.matrix(kOutProjection, "out_", threads_);
   if (node.integer("next_N")) next_projection_ = node.matrix(kNextProjection, "next_", threads_);

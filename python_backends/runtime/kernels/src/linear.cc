@@ -38,16 +38,17 @@ void write_panel(const Shape& shape, int64_t panel, const PanelSums& sums, int64
   }
 }
 
-// gelu(gate) * up of the panels of one block of the hidden layer.
-void write_gated(const Operand& hidden, int64_t block, const PanelSums* gate, const PanelSums* up) {
+// gelu(gate) * up of the panels of one block of the hidden layer; gate and up take turns in `sums`.
+void write_gated(const Operand& hidden, int64_t block, const PanelSums* sums) {
   const int64_t panels = hidden.shape().block / kPanel;
   alignas(64) float values[kMaxBlock];
   for (int64_t row = 0; row < hidden.rows(); ++row) {
     for (int64_t i = 0; i < panels; ++i) {
+      const PanelSums &gate = sums[2 * i], &up = sums[2 * i + 1];
       _mm512_store_ps(values + i * kPanel,
-                      _mm512_mul_ps(gelu_tanh(_mm512_loadu_ps(gate[i].low(row))), _mm512_loadu_ps(up[i].low(row))));
+                      _mm512_mul_ps(gelu_tanh(_mm512_loadu_ps(gate.low(row))), _mm512_loadu_ps(up.low(row))));
       _mm512_store_ps(values + i * kPanel + 16,
-                      _mm512_mul_ps(gelu_tanh(_mm512_loadu_ps(gate[i].high(row))), _mm512_loadu_ps(up[i].high(row))));
+                      _mm512_mul_ps(gelu_tanh(_mm512_loadu_ps(gate.high(row))), _mm512_loadu_ps(up.high(row))));
     }
     hidden.fill_block(row, block, values);
   }
@@ -117,11 +118,11 @@ void add_gated_product(Region& region, const PackedMatrix& matrix, const Operand
     for (int64_t first = task * per_task; first < last; first += at_once) {
       const int64_t count = std::min(at_once, last - first);
       for (int64_t i = 0; i < count; ++i) {
-        panels[i] = first + i;
-        panels[count + i] = branch + first + i;
+        panels[2 * i] = first + i;
+        panels[2 * i + 1] = branch + first + i;
       }
       multiply_panels(matrix, panels.data(), 2 * count, x, sums.data());
-      for (int64_t i = 0; i < count; i += unit) write_gated(hidden, (first + i) / unit, &sums[i], &sums[count + i]);
+      for (int64_t i = 0; i < count; i += unit) write_gated(hidden, (first + i) / unit, &sums[2 * i]);
     }
     if (last == branch) hidden.clear_padding();
   });

@@ -17,7 +17,7 @@ void add_fill(Region& region, const Operand& operand, const float* x);
 // out [rows, N] = x · W + bias; bias is [N] or null.
 void add_product(Region& region, const PackedMatrix& matrix, const Operand& x, const float* bias, float* out);
 
-// W holds the gate's columns, then as many of the other branch: hidden [rows, N / 2] = gelu(x · gate) * (x · up). N / 2
+// W, packed in pairs, holds the gate's columns, then as many of the other branch: hidden [rows, N / 2] = gelu(x · gate) * (x · up). N / 2
 // must be a multiple of the panel and of the hidden operand's block.
 void add_gated_product(Region& region, const PackedMatrix& matrix, const Operand& x, const Operand& hidden);
 

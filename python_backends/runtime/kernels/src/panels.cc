@@ -1,22 +1,18 @@
 #include "panels.h"
 
 #include <immintrin.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <new>
 #include <thread>
 #include <vector>
 
+#include "large_pages.h"
+
 namespace wicore {
 namespace {
-
-constexpr size_t kHugePage = size_t{1} << 21;
-
-size_t rounded(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
 // Value `index` of a row of packed unsigned integers.
 uint8_t value_at(const uint8_t* row, int64_t index, int64_t bits) {
@@ -28,21 +24,14 @@ uint8_t value_at(const uint8_t* row, int64_t index, int64_t bits) {
 }  // namespace
 
 PackedMatrix::PackedMatrix(const Shape& shape, const uint8_t* data, const float* scales, const uint8_t* zero_points,
-                           int threads)
-    : shape_(shape) {
-  const size_t records = rounded(shape.panels() * shape.panel_bytes(), kLine);
-  const size_t columns = shape.panels() * kPanel * sizeof(float);
-  const size_t zeros = zero_points ? shape.panels() * shape.blocks() * kPanel : 0;
-  const size_t wanted = records + columns + zeros;
-  const size_t unit = wanted >= kHugePage ? kHugePage : 4096;
-  bytes_ = rounded(wanted, unit) + unit;
-  void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  memory_ = static_cast<uint8_t*>(memory);
-  if (unit == kHugePage) madvise(memory_, bytes_, MADV_HUGEPAGE);
-  records_ = reinterpret_cast<uint8_t*>(rounded(reinterpret_cast<size_t>(memory_), unit));
-  column_scales_ = reinterpret_cast<float*>(records_ + records);
-  if (zero_points) zero_points_ = records_ + records + columns;
+                           int threads, PanelOrder order)
+    : shape_(shape), order_(order) {
+  const int64_t records = shape.panels() * shape.panel_bytes();
+  const int64_t columns = shape.panels() * kPanel * static_cast<int64_t>(sizeof(float));
+  const int64_t zeros = zero_points ? shape.panels() * shape.blocks() * kPanel : 0;
+  memory_ = large_pages(records + columns + zeros);
+  column_scales_ = reinterpret_cast<float*>(memory_.get() + records);
+  if (zero_points) zero_points_ = memory_.get() + records + columns;
 
   std::atomic<int64_t> next{0};
   const auto work = [&] {
@@ -53,8 +42,6 @@ PackedMatrix::PackedMatrix(const Shape& shape, const uint8_t* data, const float*
   work();
   for (std::thread& helper : helpers) helper.join();
 }
-
-PackedMatrix::~PackedMatrix() { munmap(memory_, bytes_); }
 
 void PackedMatrix::pack_panel(int64_t panel, const uint8_t* data, const float* scales, const uint8_t* zero_points) {
   pack_scales(panel, scales);
@@ -81,7 +68,7 @@ void PackedMatrix::pack_scales(int64_t panel, const float* scales) {
     for (int64_t block = 0; block < blocks; ++block) largest = std::max(largest, std::fabs(from[block]));
     if (std::isnormal(largest)) power = std::ldexp(1.0f, std::max(-126, std::ilogb(largest)));
     for (int64_t block = 0; block < blocks; ++block) {
-      uint8_t* line = records_ + panel * shape_.panel_bytes() + block * shape_.record_bytes();
+      uint8_t* line = record(panel, block);
       reinterpret_cast<uint16_t*>(line)[i] = _cvtss_sh(from[block] / power, _MM_FROUND_TO_NEAREST_INT);
     }
   }
@@ -94,7 +81,7 @@ void PackedMatrix::pack_weights(int64_t panel, const uint8_t* data) {
     if (column >= shape_.n) return;  // fresh memory is zero
     for (int64_t block = 0; block < shape_.blocks(); ++block) {
       const uint8_t* from = data + column * row_bytes + block * block_bytes;
-      uint8_t* to = records_ + panel * shape_.panel_bytes() + block * shape_.record_bytes() + kLine;
+      uint8_t* to = record(panel, block) + kLine;
       if (shape_.bits == 8) {
         for (int64_t k = 0; k < shape_.block; k += 4) {
           std::memcpy(to + k / 4 * 2 * kLine + i * 4, from + k, 4);  // column i of 32 is byte 4 * i of the two lines

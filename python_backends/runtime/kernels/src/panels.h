@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace wicore {
 
@@ -33,18 +34,21 @@ struct Shape {
   int32_t middle() const { return 1 << (bits - 1); }                 // the zero point of a symmetric matrix
 };
 
-// Owns its memory: large pages where the system has them, since a step reads all of it once.
+// How panels follow each other in memory. In pairs: the first of the lower half of the columns, the first of the upper
+// half, the second of the lower half and so on, for halves that are read together.
+enum class PanelOrder { kPlain, kPairs };
+
 class PackedMatrix {
  public:
   // data: uint8 [N, blocks, block * bits / 8]; scales: float32 [N, blocks]; zero_points: uint8
   // [N, ceil(blocks * bits / 8)] or null. Repacks with `threads` threads of its own. Throws std::bad_alloc.
-  PackedMatrix(const Shape& shape, const uint8_t* data, const float* scales, const uint8_t* zero_points, int threads);
-  ~PackedMatrix();
+  PackedMatrix(const Shape& shape, const uint8_t* data, const float* scales, const uint8_t* zero_points, int threads,
+               PanelOrder order = PanelOrder::kPlain);
   PackedMatrix(const PackedMatrix&) = delete;
   PackedMatrix& operator=(const PackedMatrix&) = delete;
 
   const Shape& shape() const { return shape_; }
-  const uint8_t* panel(int64_t index) const { return records_ + index * shape_.panel_bytes(); }
+  const uint8_t* panel(int64_t index) const { return memory_.get() + position(index) * shape_.panel_bytes(); }
   // What every float16 scale of a column is to be multiplied by: a power of two, so that float16 rounds the scales by
   // 2^-12 at most whatever their size. [32]
   const float* column_scales(int64_t panel) const { return column_scales_ + panel * kPanel; }
@@ -53,14 +57,21 @@ class PackedMatrix {
   const uint8_t* zero_points(int64_t panel) const { return zero_points_ + panel * shape_.blocks() * kPanel; }
 
  private:
+  int64_t position(int64_t panel) const {
+    if (order_ == PanelOrder::kPlain) return panel;
+    const int64_t half = shape_.panels() / 2;
+    return panel < half ? 2 * panel : 2 * (panel - half) + 1;
+  }
+  uint8_t* record(int64_t panel, int64_t block) {
+    return memory_.get() + position(panel) * shape_.panel_bytes() + block * shape_.record_bytes();
+  }
   void pack_panel(int64_t panel, const uint8_t* data, const float* scales, const uint8_t* zero_points);
   void pack_scales(int64_t panel, const float* scales);
   void pack_weights(int64_t panel, const uint8_t* data);
 
   Shape shape_;
-  size_t bytes_ = 0;
-  uint8_t* memory_ = nullptr;
-  uint8_t* records_ = nullptr;
+  PanelOrder order_;
+  std::shared_ptr<uint8_t> memory_;
   float* column_scales_ = nullptr;
   uint8_t* zero_points_ = nullptr;
 };

@@ -21,6 +21,11 @@ struct Pass {
   float* out;
 };
 
+// _mm512_dpbusd_epi32, for which GCC 12 moves every sum to another register and back.
+inline void add_dot(__m512i& sum, __m512i weights, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+}
+
 template <int Rows, int Bits, bool ZeroPoints>
 void multiply(const Pass& pass) {
   const Shape& shape = pass.matrix.shape();
@@ -65,8 +70,8 @@ void multiply(const Pass& pass) {
         int32_t four;
         std::memcpy(&four, values + m * padded_k + 4 * group, 4);
         const __m512i x = _mm512_set1_epi32(four);
-        low[m] = _mm512_dpbusd_epi32(low[m], first, x);
-        high[m] = _mm512_dpbusd_epi32(high[m], second, x);
+        add_dot(low[m], first, x);
+        add_dot(high[m], second, x);
       }
     }
     const PanelScales scale(record);
