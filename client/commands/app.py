@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from builders.cli import build
-from client.commands import ask, chat, demo, serve, stats
+from client.commands import ask, chat, demo, keys, serve, stats
 from client.commands.bench import cache, engine, peers, triton
 from client.commands.bench import serve as bench_serve
 from client.commands.random_checkpoint import random_checkpoint
@@ -40,3 +40,9 @@ demos.command("run")(demo.run)
 demos.command("draw")(demo.draw)
 demos.command("eval")(demo.evaluate)
 app.add_typer(demos, name="demo")
+
+key_commands = typer.Typer(help="API keys of the gateway.", no_args_is_help=True, rich_markup_mode=None)
+key_commands.command("add")(keys.add)
+key_commands.command("list")(keys.list_)
+key_commands.command("remove")(keys.remove)
+app.add_typer(key_commands, name="keys")

@@ -29,6 +29,7 @@ from client.gateway.metrics import Metrics
 from client.gateway.middleware import BodyReader, Draining, Outermost
 from client.gateway.monitor import Monitor
 from client.gateway.openai import chat, completions, models
+from client.gateway.protection import Protection
 from client.gateway.services import Services
 from client.gateway.settings import GatewaySettings
 from client.gateway.triton import Triton
@@ -120,6 +121,7 @@ def create_app(settings: GatewaySettings, lifecycle: Lifecycle | None = None) ->
             Middleware(Outermost, settings=settings, metrics=metrics),
             Middleware(GZipMiddleware, minimum_size=1024, compresslevel=5),
             Middleware(Draining, lifecycle=lifecycle),
+            Middleware(Protection, settings=settings),
             Middleware(BodyReader, settings=settings),
         ],
     )

@@ -17,7 +17,11 @@ from client.gateway.http_protocol import MAX_HEADER_BYTES, MAX_HEADERS
 from client.gateway.lifecycle import Lifecycle
 from client.gateway.metrics import Metrics
 from client.gateway.settings import GatewaySettings
-from python_backends.errors import InternalError, RequestTooLargeError, ServerUnavailableError
+from python_backends.errors import (
+    InternalError,
+    RequestTooLargeError,
+    ServerUnavailableError,
+)
 
 log = logging.getLogger("wicore.gateway")
 
