@@ -130,7 +130,7 @@ class Arena:
             self._counters.written_bytes += key.num_bytes
 
     def disown(self, key: EntryKey) -> None:
-        """Give up a `fill` that somebody else is stuck in: its room stays taken until they leave, the key is free."""
+        """See `MemoryStore.disown`."""
         with self._changed:
             extent = self._by_id.get(key.id)
             if extent is not None and extent.state == "filling":

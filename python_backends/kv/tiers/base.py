@@ -147,3 +147,7 @@ class MemoryStore(TierStore, Protocol):
         Raises TierFullError on entry, and InternalError where the entry is held or being filled.
         """
         ...
+
+    def disown(self, key: EntryKey) -> None:
+        """Give up a `fill` that somebody else is stuck in: its room stays taken until they leave, the key is free."""
+        ...

@@ -15,15 +15,14 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from python_backends.errors import InternalError, TierFullError
 from python_backends.kv.blocks import EntryId, EntryKey
-from python_backends.kv.tiers.checksum import ALGORITHMS, FASTEST
+from python_backends.kv.tiers.checksum import ALGORITHMS
 from python_backends.kv.tiers.files import Staging, padded_for_write, sync_folder
 from python_backends.kv.tiers.folder import LogOptions, recover_folder
-from python_backends.kv.tiers.records import PAGE, Header, Superblock, pages, record_bytes
+from python_backends.kv.tiers.records import PAGE, Header, Item, Superblock, pages, record_bytes
 from python_backends.kv.tiers.segments import Record, Segment, create_segment
 
 BATCH_BYTES = 16 * 2**20
@@ -31,16 +30,6 @@ BATCH_BYTES = 16 * 2**20
 _CLOSE_S = 5.0
 COPY_SHARE = 0.75
 """Collection copies a segment's live records where they are at most this share of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A payload to append."""
-
-    key: EntryKey
-    stored: memoryview
-    digest: bytes
-    algorithm: int = FASTEST
 
 
 class SegmentLog:
@@ -67,17 +56,33 @@ class SegmentLog:
             self.segments[segment.superblock.number] = segment
             for header in scan.headers:
                 self._enter(Record(segment, header))
-        self._empty += [segment for segment in self.segments.values() if not segment.live]
-        self._enforce_limit()
+        self._empty = deque(segment for segment in self.segments.values() if not segment.live)
+        self._reopen_last()
+        self._restore_reserve()
+        self.lost.clear()
 
-    def _enforce_limit(self) -> None:
-        """A smaller limit than the earlier server's: the oldest files go."""
-        while not self._fits(self.options.segment_bytes) and (self._foreign or self.segments):
-            if self._foreign:
-                self._remove_foreign()
+    def _reopen_last(self) -> None:
+        """Go on with the newest file: its server may have died while collecting into it, with no other to go to."""
+        segment = self.segments.get(max(self.segments, default=-1))
+        if segment is None or segment.end + PAGE >= segment.superblock.size:
+            return
+        with contextlib.suppress(OSError):  # what lay behind the end was cut off, so this adds zeros
+            segment.file.allocate(segment.superblock.size)
+            segment.sealed = False
+            self._active = segment
+            if segment in self._empty:
+                self._empty.remove(segment)
+
+    def _restore_reserve(self) -> None:
+        """Have room for one file more: finish the collection that a crash cut off; beyond that the oldest files go."""
+        while not self._fits(self.options.segment_bytes) and (self._foreign or self._empty or self.segments):
+            victim, active = self._most_garbage(), self._active
+            if self._foreign or self._empty:
+                self._make_room()
+            elif active and victim and victim.live_bytes <= active.superblock.size - active.end:
+                self._collect(victim)
             else:
                 self._remove(self.segments[min(self.segments)])
-        self.lost.clear()
 
     # -- reading -----------------------------------------------------------------------------------------------------
     def pin(self, key: EntryKey) -> Record | None:
@@ -122,8 +127,7 @@ class SegmentLog:
             at = header.end
         try:
             segment.file.write(segment.end, buffers)
-        except OSError:
-            # What is there now is anybody's guess: nothing is written behind it, and nothing of it is in the index.
+        except OSError:  # what is there now is anybody's guess: nothing is written behind it
             self._seal(segment)
             raise
         with self.lock:
@@ -173,14 +177,13 @@ class SegmentLog:
     @property
     def reserved_bytes(self) -> int:
         """What all files may take."""
-        segments, foreign = list(self.segments.values()), list(self._foreign)
-        return sum(s.superblock.size for s in segments) + sum(f.num_bytes for f in foreign)
+        own = sum(segment.superblock.size for segment in list(self.segments.values()))
+        return own + sum(file.num_bytes for file in list(self._foreign))
 
     @property
     def disk_bytes(self) -> int:
         """What all files take; holes in them are not taken off."""
-        segments, foreign = list(self.segments.values()), list(self._foreign)
-        return sum(s.end if s.sealed else s.superblock.size for s in segments) + sum(f.num_bytes for f in foreign)
+        return self.reserved_bytes - sum(s.superblock.size - s.end for s in list(self.segments.values()) if s.sealed)
 
     def _with_room(self, size: int, *, collecting: bool) -> Segment:
         """The segment to append ``size`` bytes to. Raises TierFullError ("room", "disk")."""
@@ -232,16 +235,17 @@ class SegmentLog:
                 self._empty.append(segment)
 
     def _make_room(self) -> None:
-        """Remove a file: one that is empty or foreign, else the one with the most garbage, its live records copied."""
+        """Remove a file: an empty or foreign one, else that with the most garbage, its live records copied."""
         if self._empty:
             self._remove_empty()
+        elif self._buried and not all(record.readers for record in self._buried):
+            # Dropped records that a crash brought back could make the victim's copy outgrow the file it goes to.
+            self._tidy(len(self._buried))
         elif self._foreign:
             self._remove_foreign()
         else:
-            sealed = [segment for segment in self.segments.values() if segment.sealed]
-            victim = max(sealed, key=lambda segment: segment.garbage_share, default=None)
-            room = self._disk_has(self.options.segment_bytes)
-            if not room or victim is None or victim.garbage_share < 1 - COPY_SHARE:
+            victim = self._most_garbage()
+            if victim is None or not self._disk_has(self.options.segment_bytes):
                 if not self._disk_has(2 * self.options.segment_bytes):
                     raise TierFullError(f"the disk of {self.options.folder} has no room above the floor", "disk")
                 raise TierFullError("the NVMe tier is full", "room")
@@ -250,6 +254,12 @@ class SegmentLog:
                 self._collect(victim)
             else:
                 self._remove(victim)
+
+    def _most_garbage(self) -> Segment | None:
+        """The sealed segment that is best collected; None where copying would cost too much for what it gives."""
+        shares = [(segment.garbage_share, segment) for segment in self.segments.values() if segment.sealed]
+        share, victim = max(shares, key=lambda pair: pair[0], default=(0.0, None))
+        return victim if share >= 1 - COPY_SHARE else None
 
     def _collect(self, victim: Segment) -> None:
         """Copy what is live, verified, and remove the file. A record that turns out damaged is lost."""
@@ -316,6 +326,8 @@ class SegmentLog:
         """Delete a file; readers keep it open until they are through."""
         if segment.removed:
             return
+        if segment is self._active:
+            self._active = None
         with contextlib.suppress(FileNotFoundError):
             segment.file.path.unlink()
         with self.lock:
@@ -334,8 +346,7 @@ class SegmentLog:
     def erase(self, keys: Iterable[EntryKey]) -> None:
         """Forget entries and wait until nothing of them, and of all dropped before, is left on the medium.
 
-        Where a file refuses, it is removed with everything in it. Raises OSError where that fails too; the records stay
-        on the list for the next time.
+        Where a file refuses, it is removed with everything in it. Raises OSError where that fails too; call it again.
         """
         for key in keys:
             self.forget(key)
@@ -356,9 +367,6 @@ class SegmentLog:
         try:
             erase()
         except OSError:
-            segment.sealed = True
-            if segment is self._active:
-                self._active = None
             self._remove(segment)
 
     def close(self) -> None:
@@ -386,13 +394,7 @@ class SegmentLog:
             held = {id(record) for segment in self.segments.values() for record in segment.live.values()}
             if held != {id(record) for record in self.index.values()}:
                 raise InternalError("the NVMe tier's index and its segments hold different records")
-            for number, segment in self.segments.items():
-                records = sorted(segment.live.values(), key=lambda record: record.header.offset)
-                ends = [PAGE, *(record.header.end for record in records)]
-                apart = all(record.header.offset >= end for record, end in zip(records, ends, strict=False))
-                if not apart or ends[-1] > segment.end or segment.superblock.number != number:
-                    raise InternalError(f"records of segment {number} of the NVMe tier overlap or leave it")
-                if segment.live_bytes != sum(record.num_bytes for record in records):
-                    raise InternalError(f"live bytes of segment {number} of the NVMe tier are miscounted")
+            for segment in self.segments.values():
+                segment.check_integrity()
             if self.reserved_bytes > self.options.limit_bytes:
                 raise InternalError("the NVMe tier takes more than its limit")

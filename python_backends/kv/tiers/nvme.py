@@ -22,8 +22,8 @@ from python_backends.kv.tiers.codec import Codec
 from python_backends.kv.tiers.files import PaddedRead, SegmentFile, Staging, probe_direct_io
 from python_backends.kv.tiers.folder import LogOptions, lock_folder, room_for
 from python_backends.kv.tiers.limits import DAY_S, Breaker, Clock, WriteBudget
-from python_backends.kv.tiers.log import COPY_SHARE, Item, SegmentLog
-from python_backends.kv.tiers.records import PAGE, BadPageError, Header, record_bytes
+from python_backends.kv.tiers.log import COPY_SHARE, SegmentLog
+from python_backends.kv.tiers.records import PAGE, BadPageError, Header, Item, record_bytes
 from python_backends.kv.tiers.segments import OpenFile, Record, least_limit_for, segment_bytes_for
 
 LONGEST_READ = 64 * 2**20

@@ -129,6 +129,16 @@ class Header:
         return Header(offset, stored, key, fingerprint, nonce, digest, algorithm)
 
 
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A payload on its way into a record."""
+
+    key: EntryKey
+    stored: memoryview
+    digest: bytes
+    algorithm: int = FASTEST
+
+
 def dead_header(offset: int, end: int, superblock: Superblock, *, cleared: bool = False) -> Header:
     """What is written over records ``[offset, end)`` that are gone: nothing of their entries but the length."""
     return Header(offset, end - offset - PAGE, None, nonce=superblock.nonce, cleared=cleared)

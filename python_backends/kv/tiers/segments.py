@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from python_backends.errors import ConfigError
+from python_backends.errors import ConfigError, InternalError
 from python_backends.kv.tiers.checksum import ALGORITHMS
 from python_backends.kv.tiers.files import SegmentFile, Staging
 from python_backends.kv.tiers.records import PAGE, BadPageError, Header, Superblock, dead_header, pages, record_bytes
@@ -88,6 +88,16 @@ class Segment:
                 if not cleared and end > first.offset + PAGE:
                     self.file.clear(first.offset + PAGE, end - first.offset - PAGE)
             del self.dead[:count]
+
+    def check_integrity(self) -> None:
+        """Raises InternalError where records overlap, leave the file or are miscounted."""
+        records = sorted(self.live.values(), key=lambda record: record.header.offset)
+        ends = [PAGE, *(record.header.end for record in records)]
+        apart = all(record.header.offset >= end for record, end in zip(records, ends, strict=False))
+        if not apart or ends[-1] > self.end:
+            raise InternalError(f"records of segment {self.superblock.number} of the NVMe tier overlap or leave it")
+        if self.live_bytes != sum(record.num_bytes for record in records):
+            raise InternalError(f"live bytes of segment {self.superblock.number} of the NVMe tier are miscounted")
 
     def seal(self) -> None:
         """No more appends; what was reserved and not used goes back to the disk."""

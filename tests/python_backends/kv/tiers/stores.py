@@ -44,11 +44,16 @@ def segments(folder):
     return sorted(folder.glob("*.segment"))
 
 
+class DiedError(BaseException):
+    """The process ends here, in the middle of a write."""
+
+
 class Medium:
     """Faults for every file opened through `open_file`, switched on and off by the test."""
 
     def __init__(self):
         self.read_error = self.write_error = self.flip = 0
+        self.writes_left = -1
         self.hang = threading.Event()
         self.hang.set()
         self.hung = threading.Semaphore(0)
@@ -78,6 +83,10 @@ class _Faulty(SegmentFile):
 
     def write(self, offset, buffers):
         medium = self._medium
+        medium.writes_left -= 1
+        if medium.writes_left == 0:
+            super().write(offset, buffers[:-1])
+            raise DiedError
         if medium.write_error:
             medium.write_error -= 1
             # As a disk does: a part of it arrived.
