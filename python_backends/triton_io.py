@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,16 +97,41 @@ def respond(values: Mapping[str, Value], model: Model) -> Any:
     Raises:
         KeyError: the stage left an output of the contract out.
     """
-    tensors = []
-    for output in model.outputs:
-        value = values[output.name]
-        if output.dtype == "TYPE_STRING":
-            filled = np.empty((1, len(value)), dtype=np.object_)
-            filled[0, :] = list(value)
-        else:
-            filled = np.ascontiguousarray(value, dtype=NUMPY[output.dtype])[np.newaxis]
-        tensors.append(pb_utils.Tensor(output.name, filled))
+    tensors = [_tensor(output, values[output.name]) for output in model.outputs]
     return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def _tensor(output: Tensor, value: Value) -> Any:
+    if output.dtype == "TYPE_STRING":
+        filled = np.empty((1, len(value)), dtype=np.object_)
+        filled[0, :] = list(value)
+    else:
+        filled = np.ascontiguousarray(value, dtype=NUMPY[output.dtype])[np.newaxis]
+    return pb_utils.Tensor(output.name, filled)
+
+
+class Responder:
+    """Makes responses as `respond` does, from values of which most are empty: those tensors are made only once.
+
+    A tensor lies in memory shared with Triton from its first sending on. Send with `sending` held: two threads that
+    send a tensor for the first time would both put it there.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.sending = threading.Lock()
+        self._model = model
+        self._empty = {
+            output.name: _tensor(output, [b""] if output.dtype == "TYPE_STRING" else np.empty(0))
+            for output in model.outputs
+        }
+
+    def __call__(self, values: Mapping[str, Value | None]) -> Any:
+        """``None`` for an empty string or an empty array; every output must be named."""
+        tensors = []
+        for output in self._model.outputs:
+            value = values[output.name]
+            tensors.append(self._empty[output.name] if value is None else _tensor(output, value))
+        return pb_utils.InferenceResponse(output_tensors=tensors)
 
 
 def respond_rows(values: Mapping[str, NDArray[Any]], model: Model) -> Any:

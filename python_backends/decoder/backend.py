@@ -230,7 +230,7 @@ class Answer:
             self._respond(_response(_joined([*self._held, piece])), last=not self._open)
 
     def _respond(self, response: Any, *, last: bool) -> None:
-        with self._lock:
+        with self._lock, _responder().sending:
             self._sent = True
             self._over = last
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
@@ -249,29 +249,38 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
     )
 
 
+@functools.cache
+def _responder() -> triton_io.Responder:
+    """One for all answers, made when the first is written: Triton's module is not whole while this one is imported."""
+    return triton_io.Responder(MODEL)
+
+
 def _response(piece: Piece) -> Any:
     calls = [call.as_json() for call in piece.tool_calls]
     prompt = dataclasses.asdict(piece.prompt_logprobs) if piece.prompt_logprobs else None
-    return triton_io.respond(
+    return _responder()(
         {
-            "text_output": [piece.text.encode()],
-            "token_ids": np.asarray(piece.token_ids, np.int32),
+            "text_output": _bytes(piece.text),
+            "token_ids": np.asarray(piece.token_ids, np.int32) if piece.token_ids else None,
             "index": np.full(1, piece.index, np.int32),
-            "finish_reason": [piece.finish_reason.encode()],
-            "tool_calls": [_json(calls)],
-            "usage": [_json(piece.usage.as_json() if piece.usage else None)],
-            "token_logprobs": np.asarray(piece.logprobs, np.float32),
-            "top_logprobs": [_json(piece.top_logprobs)],
-            "prompt_token_logprobs": [_json(prompt)],
-            "error_code": [piece.error.code.encode() if piece.error else b""],
-        },
-        MODEL,
+            "finish_reason": _bytes(piece.finish_reason),
+            "tool_calls": _json(calls),
+            "usage": _json(piece.usage.as_json() if piece.usage else None),
+            "token_logprobs": np.asarray(piece.logprobs, np.float32) if piece.logprobs else None,
+            "top_logprobs": _json(piece.top_logprobs),
+            "prompt_token_logprobs": _json(prompt),
+            "error_code": _bytes(piece.error.code if piece.error else ""),
+        }
     )
 
 
-def _json(value: object) -> bytes:
+def _bytes(text: str) -> list[bytes] | None:
+    return [text.encode()] if text else None
+
+
+def _json(value: object) -> list[bytes] | None:
     """JSON, or nothing for nothing."""
-    return json.dumps(value, ensure_ascii=False).encode() if value else b""
+    return _bytes(json.dumps(value, ensure_ascii=False)) if value else None
 
 
 def _read_parameters(request: Any, config: Config) -> Parameters:

@@ -75,6 +75,11 @@ class PrefillBudget:
         size = self._sizes[max(self._sizes)]
         return size.seconds / size.tokens
 
+    @property
+    def decode_s(self) -> float:
+        """What a decode step takes (s), 0 while there was none."""
+        return self._decode_s or 0.0
+
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """A chunk of so many tokens took so long."""
         if self._sizes:
@@ -100,7 +105,7 @@ class PrefillBudget:
             return self._largest
         if not self._sizes:
             return self._smallest
-        room = (self._target_s - (self._decode_s or 0.0) * self._decodes.margin) / self._chunks.margin
+        room = (self._target_s - self.decode_s * self._decodes.margin) / self._chunks.margin
         low, high = self._smallest, self._largest
         while low < high:
             middle = (low + high + 1) // 2
@@ -120,7 +125,7 @@ class PrefillBudget:
         """(tokens, seconds) of what was measured, rising. Where small chunks were not, they are as slow as a step."""
         sizes = [self._sizes[key] for key in sorted(self._sizes)]
         if sizes[0].tokens > 1:
-            yield 1.0, min(self._decode_s or 0.0, sizes[0].seconds)
+            yield 1.0, min(self.decode_s, sizes[0].seconds)
         longest = 0.0
         for size in sizes:
             longest = max(longest, size.seconds)
