@@ -52,7 +52,7 @@ class Moves:
         with closing(self._victims(book, now)) as victims:
             for entry in victims:
                 if entry.key.salt == key.salt and self._can_go(entry, book):
-                    begun.append(self._push_out(entry, book, now))
+                    self._push_out(entry, book, now, begun)
                     if book.by_salt.get(key.salt, 0) <= quota:
                         return
 
@@ -60,14 +60,14 @@ class Moves:
         """Begin moves until ``size`` bytes are free."""
         for entry in self._stream(book, now):
             if self._can_go(entry, book):
-                begun.append(self._push_out(entry, book, now))
+                self._push_out(entry, book, now, begun)
                 if book.free >= size:
                     return
         self.settle()
         # Nothing else goes: parents of entries on slower tiers, which are orphans then.
         for entry in list(self._victims(book, now)):
             if not entry.pins and entry.held & book.bit and self._is_free(entry):
-                begun.append(self._push_out(entry, book, now))
+                self._push_out(entry, book, now, begun)
                 if book.free >= size:
                     return
 
@@ -76,7 +76,8 @@ class Moves:
         at a time."""
         found = self._streams.get(book.tier)
         if found is None or found[0] != now:
-            self.settle()
+            if found is not None:
+                found[1].close()
             found = self._streams[book.tier] = (now, self._victims(book, now))
         return found[1]
 
@@ -132,16 +133,30 @@ class Moves:
             return None
         return below
 
-    def _push_out(self, entry: Entry, book: TierBook, now: float) -> Move:
-        """Begin the move that gives up the entry's place on the tier at once."""
+    def _push_out(self, entry: Entry, book: TierBook, now: float, begun: list[Move]) -> None:
+        """Begin the moves that give up the entry's place on the tier at once: down, where memory is below, in the place
+        of what is worth least there, or else away."""
+        below = None if entry.held & ~book.bit or entry in self._table.orphans else self._table.below(book)
+        size = entry.key.num_bytes
+        if below is not None and below.tier != "nvme" and below.free < size <= below.limits.limit_bytes:
+            self._spill(below, size, now, begun)
         below = None if entry.held & ~book.bit else self._landing(entry, book)
         if below is None:
-            return self._begin_drop(entry, book.tier, self._drop_reason(entry, book), now)
+            begun.append(self._begin_drop(entry, book.tier, self._drop_reason(entry, book), now))
+            return
         move = Move(entry.key, book.tier, below.tier, "demote")
         self._table.place(entry, entry.held & ~book.bit, below.bit, now, evicted=True)
         entry.moving = move
         self._dropping[entry.key.id, book.tier] = None
-        return move
+        begun.append(move)
+
+    def _spill(self, book: TierBook, size: int, now: float, begun: list[Move]) -> None:
+        """Drop what is worth least on the tier until ``size`` bytes are free, or nothing more can be dropped."""
+        for entry in self._stream(book, now):
+            if entry.held & ~book.bit or not (entry.pins or any(entry.near)):
+                begun.append(self._begin_drop(entry, book.tier, self._drop_reason(entry, book), now))
+                if book.free >= size:
+                    return
 
     def _drop_reason(self, entry: Entry, book: TierBook) -> MoveReason:
         if entry in self._table.orphans:

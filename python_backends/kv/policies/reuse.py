@@ -3,7 +3,7 @@
 A *life* of an entry begins with a visit and ends with the next one. Lives are sorted into classes by what is known when
 they begin; for each class and each age (in bins that grow by √2) the model holds the hazard, the rate of reuse per
 second given that there was none so far: reuses ÷ time at risk. Classes refine one another (all entries of a kind; by
-how many visits continued one another; by how much the visit added; by how often the entry was used), and each is drawn
+how often it was used; by how many visits continued one another; by how much the visit added), and each is drawn
 towards the one above it by the weight of one reuse, so that a class says no more than it has seen (empirical Bayes with
 a gamma prior). The uppermost prior is a hazard that falls with age, 1/2 ÷ (age + 8 s), under which the order of
 eviction is that of LRU; nothing else is assumed, and no constant is fitted to a trace.
@@ -41,7 +41,7 @@ _EDGE_LIST: list[float] = EDGES.tolist()
 _WIDTHS: Float64 = np.append(np.diff(EDGES), np.inf)
 HORIZON_S = 2 * _EDGE_LIST[-1]
 PRIOR: Float64 = 0.5 / (np.append((EDGES[:-1] + EDGES[1:]) / 2, EDGES[-1] * 1.5) + 8.0)
-LEVELS: tuple[tuple[int, ...], ...] = ((0,), (0, 1), (0, 1, 2), (0, 1, 2, 3))
+LEVELS: tuple[tuple[int, ...], ...] = ((0,), (0, 3), (0, 1, 3), (0, 1, 2, 3))
 STRENGTH = 1.0
 """Reuses that a class's own evidence must outweigh."""
 SMOOTH = np.array([0.25, 0.5, 0.25])
