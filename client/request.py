@@ -70,6 +70,8 @@ class Options(TypedDict, total=False):
     """Lower is served sooner."""
     queue_timeout_ms: int
     deadline_ms: int
+    session: str
+    """Name under which the KV cache finds what this request leaves, to be pinned, prefetched or erased."""
     cache_salt: str
     """Requests share what the KV cache holds with those of the same salt only."""
 

@@ -88,7 +88,7 @@ GENERATION = (
     _optional("priority", "TYPE_INT32"),
     _optional("queue_timeout_ms", "TYPE_INT32"),
     _optional("deadline_ms", "TYPE_INT32"),
-    _optional("session", "TYPE_STRING", implemented=False),
+    _optional("session", "TYPE_STRING"),
     _optional("cache_salt", "TYPE_STRING"),
     _optional("request_id", "TYPE_STRING"),
     _optional("command", "TYPE_STRING"),

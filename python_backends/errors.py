@@ -137,6 +137,12 @@ class RateLimitedError(WiCoreError):
         self.retry_after_s = retry_after_s
 
 
+class SessionNotFoundError(InvalidRequestError):
+    """A session of that name and salt that the KV cache knows nothing of, or nothing any more."""
+
+    code = "session_not_found"
+
+
 class OverloadedError(WiCoreError):
     """Refused at once because the queue is full; try again later."""
 

@@ -28,6 +28,7 @@ from python_backends.errors import (
     InternalError,
     InvalidParameterError,
     InvalidTextError,
+    UnsupportedFeatureError,
     from_message,
 )
 from python_backends.kv.identity import content_hash
@@ -57,6 +58,8 @@ SCALARS = (
     "deadline_ms",
 )
 """Inputs that are parameters of the same name."""
+SESSION_COMMAND = "session."
+"""In front of what to do with the KV of a session: show, pin, unpin, prefetch, erase."""
 ENCODE_THREADS = 16
 """Images that wait for the vision encoder at once, and requests that wait for images; these threads only wait."""
 
@@ -157,12 +160,15 @@ class TritonPythonModel:
         if ids is None:
             raise InvalidParameterError("the decoder needs input_ids (or a command); send prompts to the ensemble")
         starts = triton_io.array(request, "image_starts")
+        if _word(request, "session") and self._engine.cache is None:
+            raise UnsupportedFeatureError("session is not offered without the KV cache; set enable_hmt in wicore.json")
         return Request(
             input_ids=ids.tolist(),
             parameters=_read_parameters(request, self._config),
             sink=answer.send,
             image_starts=[] if starts is None else starts.tolist(),
             cache_salt=_word(request, "cache_salt"),
+            session=_word(request, "session"),
             request_id=_word(request, "request_id"),
             is_cancelled=answer.is_cancelled,
         )
@@ -172,10 +178,20 @@ class TritonPythonModel:
         if command == "stats":
             answer.send(Piece(json.dumps(self._engine.snapshot()), finish_reason="stop"))
             return
+        if command.startswith(SESSION_COMMAND):
+            answer.send(Piece(json.dumps(self._session(request, command)), finish_reason="stop"))
+            return
         if command != "stop":
-            raise InvalidParameterError(f"unknown command {command!r}; this version knows 'stop' and 'stats'")
+            raise InvalidParameterError(f"unknown command {command!r}; this version knows stop, stats and session.…")
         found = self._engine.stop(_word(request, "request_id"))
         answer.send(Piece("", finish_reason="stop" if found else "not_found"))
+
+    def _session(self, request: Any, command: str) -> dict[str, object]:
+        cache = self._engine.cache
+        if cache is None:
+            raise UnsupportedFeatureError("sessions need the KV cache; set enable_hmt in wicore.json")
+        action = command.removeprefix(SESSION_COMMAND)
+        return cache.session(action, _word(request, "session"), _word(request, "cache_salt"))
 
 
 class Answer:

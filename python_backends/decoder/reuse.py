@@ -141,7 +141,9 @@ class Reuse:
         # What was kept long ago may have gone, and without it nothing behind it is of use.
         reused.kept = min(self._cache.held_blocks(reused.ids), length // self.block_tokens)
         self._keep_blocks(reused, slot, length)
-        self._keep_tail(reused, slot, length)
+        tail = self._keep_tail(reused, slot, length)
+        if sequence.request.session and tail is not None:
+            self._cache.keep_session(sequence.request.session, tail)
 
     def observe(self, sequence: ActiveSequence, masses: Float32) -> None:
         """[blocks] attention that the newest token gave each block."""
@@ -168,16 +170,17 @@ class Reuse:
                 break
             reused.kept += 1
 
-    def _keep_tail(self, reused: Reused, slot: int, length: int) -> None:
+    def _keep_tail(self, reused: Reused, slot: int, length: int) -> EntryKey | None:
+        """The tail's key where it is held now."""
         assert self._cache is not None
         if reused.kept != length // self.block_tokens or not reused.ids.can_resume_at(length):
-            return
+            return None
         layout = self._runtime.kv_layout
         key = reused.ids.tail_key(length, layout.tail_bytes(length))
         # Without the tail everything since the last one would be computed again, the window at least.
         seconds = min(length, layout.window) * self._token_seconds()
         export = functools.partial(self._runtime.export_tail, slot, length)
-        self._cache.keep(key, export, recompute_s=seconds, visit=reused.visit)
+        return key if self._cache.keep(key, export, recompute_s=seconds, visit=reused.visit) else None
 
     def _block_key(self, reused: Reused, index: int) -> EntryKey:
         return reused.ids.block_key(index, self._runtime.kv_layout.block_bytes)

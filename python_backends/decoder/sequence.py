@@ -101,6 +101,8 @@ class Request:
     """32 bytes for each image: hash of its pixels."""
     cache_salt: str = ""
     """Requests share KV with those of the same salt only."""
+    session: str = ""
+    """Name under which the cache finds what this request leaves; none: no name."""
     hit: Hit | None = None
     """What the cache holds of the prompt, where it was looked up already (`Engine.look_up`)."""
     request_id: str = ""

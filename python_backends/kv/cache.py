@@ -19,17 +19,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from python_backends.errors import EntryLostError, TierError
+from python_backends.errors import EntryLostError, InvalidParameterError, SessionNotFoundError, TierError
 from python_backends.kv import identity
 from python_backends.kv.blocks import TIERS, EntryId, EntryKey, Match, Move, Tier
+from python_backends.kv.countdown import Countdown
 from python_backends.kv.hit import Hit
 from python_backends.kv.identity import ImageSpan, PromptIds
+from python_backends.kv.sessions import Sessions
 from python_backends.kv.tiers.base import MemoryStore, TierStore
 from python_backends.runtime.base import KvLayout
 
 if TYPE_CHECKING:
+    from python_backends.kv.costs import LinkSpeeds
     from python_backends.kv.manager import KvManager
     from python_backends.kv.mover import Mover
     from python_backends.kv.policies.base import Visit
@@ -42,6 +46,7 @@ MOVES_AT_ONCE = 16
 LOAD_DEADLINE_S = 2.0
 """After which a load from NVMe is a miss."""
 WRITE_DEADLINE_S = 30.0
+SESSION_ACTIONS = ("show", "pin", "unpin", "prefetch", "erase")
 URGENT, IDLE = 0, 1
 """Priorities of moves: a request waits; nobody does."""
 
@@ -56,6 +61,7 @@ class KvCache:
         stores: by tier; "device" and "host" in memory.
         mover: copies between tiers; None copies at once on the thread that asks (no waiting on disks then).
         clock: seconds, monotonic.
+        session_file: where names of sessions outlive the server; None: nowhere.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class KvCache:
         memory: Mapping[Tier, MemoryStore],
         mover: Mover | None = None,
         clock: Callable[[], float] = time.monotonic,
+        session_file: Path | None = None,
     ) -> None:
         self.layout = layout
         self._fingerprint = hashlib.sha256(f"{fingerprint}/{layout.identity}".encode()).digest()
@@ -82,6 +89,7 @@ class KvCache:
         self._lookups: Counter[str] = Counter()
         self._closed = False
         self._recover()
+        self._sessions = Sessions(manager, session_file)
 
     def _recover(self) -> None:
         """Take over what an earlier server left on disk."""
@@ -118,25 +126,6 @@ class KvCache:
         hit.find()
         return hit
 
-    def worth_loading(self, match: Match, cold: Sequence[EntryKey], token_s: float) -> bool:
-        """Whether loading is expected to end before computing would."""
-        if self._mover is None or not token_s or match.tail is None:
-            return True
-        from python_backends.kv.costs import Piece, choose
-
-        link: tuple[Tier, Tier] = ("nvme", self._load_target)
-        slow = {key.id for key in cold}
-        *blocks, tail = [Piece(key.num_bytes, (link,) if key.id in slow else ()) for key in match.keys]
-        plan = choose(
-            blocks,
-            tail,
-            tokens=match.length,
-            block_tokens=self.layout.block_tokens,
-            tokens_per_s=1 / token_s,
-            speeds=self._mover.speeds,
-        )
-        return plan.load_s <= plan.recompute_s
-
     def held_blocks(self, ids: PromptIds) -> int:
         """Blocks from the first on that are held without a gap."""
         with self.lock:
@@ -154,16 +143,22 @@ class KvCache:
         with self.lock:
             self._manager.release(keys)
 
+    @property
+    def speeds(self) -> LinkSpeeds | None:
+        """Measured bandwidths; None where nothing moves on threads of its own."""
+        return None if self._mover is None else self._mover.speeds
+
     def prefetch(self, keys: Sequence[EntryKey], done: Callable[[], None]) -> None:
         """Bring entries into host memory; ``done`` is called once, maybe at once, maybe from another thread."""
         with self.lock:
-            moves = self._begun(self._manager.plan_prefetch(keys, self._load_target, self._clock()))
-        pending = _Countdown(len(moves), done)
+            moves = self._begun(self._manager.plan_prefetch(keys, self.load_target, self._clock()))
+        pending = Countdown(len(moves), done)
         for move in moves:
             self._run(move, URGENT, LOAD_DEADLINE_S, pending.tick)
 
     @property
-    def _load_target(self) -> Tier:
+    def load_target(self) -> Tier:
+        """Where what lies on NVMe is brought."""
         return "host" if "host" in self._memory else "device"
 
     # --- keeping --------------------------------------------------------------------------------------------------
@@ -217,6 +212,47 @@ class KvCache:
             self._tokens.update(by_tier)
             self._tokens["computed"] += num_tokens - sum(by_tier.values())
             self._lookups[missed] += 1
+
+    # --- sessions -------------------------------------------------------------------------------------------------
+
+    def keep_session(self, session: str, tip: EntryKey) -> None:
+        """The newest request of a session ended with this tail; its salt is the tail's."""
+        with self.lock:
+            self._sessions.keep(Sessions.name_of(session, tip.salt), tip)
+        self.rebalance()
+
+    def session(self, action: str, session: str, cache_salt: str = "") -> dict[str, object]:
+        """Pin, unpin, prefetch or erase what a session left, or just say what there is; JSON-ready.
+
+        Raises:
+            InvalidParameterError: no such action.
+            SessionNotFoundError: no such session, or nothing of it is left.
+        """
+        if action not in SESSION_ACTIONS:
+            raise InvalidParameterError(f"a session cannot {action!r}; it can {', '.join(SESSION_ACTIONS)}")
+        name = Sessions.name_of(session, identity.salt_hash(cache_salt))
+        with self.lock:
+            keys = self._sessions.keys(name)
+            if name not in self._sessions or not (keys or action == "erase"):
+                raise SessionNotFoundError(f"nothing is kept of the session {session!r}")
+            found = self._describe(name, keys)
+            moves = self._sessions.erase(name, self._clock()) if action == "erase" else []
+            if action in ("pin", "unpin"):
+                getattr(self._sessions, action)(name)
+                found["pinned"] = action == "pin"
+        for move in moves:
+            self._finish(move, None)
+        if action == "prefetch":
+            self.prefetch([key for key in keys if not self.in_memory(key)], lambda: None)
+        self.rebalance()
+        return found
+
+    def _describe(self, name: str, keys: Sequence[EntryKey]) -> dict[str, object]:
+        held = {tier: sum(key.num_bytes for key in keys if store.contains(key)) for tier, store in self._stores.items()}
+        tokens = keys[-1].position if keys else 0
+        return {"tokens": tokens, "bytes": held, "pinned": self._sessions.is_pinned(name)}
+
+    # --- what was used --------------------------------------------------------------------------------------------
 
     def observe(self, keys: Sequence[EntryKey], masses: Sequence[float]) -> None:
         """Attention that entries in use received, relative to the mean of their prompt's blocks."""
@@ -347,22 +383,3 @@ class KvCache:
             self._mover.close()
         for store in self._stores.values():
             store.close()
-
-
-class _Countdown:
-    """Calls ``done`` when so many others are."""
-
-    def __init__(self, count: int, done: Callable[[], None]) -> None:
-        self._count = count
-        self._done = done
-        self.lock = threading.Lock()
-        if not count:
-            done()
-
-    def tick(self) -> None:
-        """Another one is done."""
-        with self.lock:
-            self._count -= 1
-            last = not self._count
-        if last:
-            self._done()

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from python_backends.errors import EntryLostError, InternalError
-from python_backends.kv.blocks import TIERS, EntryKey, Match
+from python_backends.kv.blocks import TIERS, EntryKey, Match, Tier
+from python_backends.kv.costs import Piece, choose
 from python_backends.kv.identity import PromptIds
 from python_backends.runtime.base import DecoderRuntime
 
@@ -44,7 +45,7 @@ class Hit:
         cache = self.cache
         with cache.lock:
             match, cold = self._hold(0 if self._released else limit)
-            while cold and not cache.worth_loading(match, cold, self._token_s):
+            while cold and not self._worth_loading(match, cold):
                 match, cold = self._hold(match.length - 1)
             was_loading, self._loading = self._loading, bool(cold)
             then = self._then
@@ -59,6 +60,24 @@ class Hit:
         self._match = match = self.cache.match(self.ids, limit)
         self._held = match.keys
         return match, [key for key in match.keys if not self.cache.in_memory(key)]
+
+    def _worth_loading(self, match: Match, cold: list[EntryKey]) -> bool:
+        """Whether loading is expected to end before computing would."""
+        cache, speeds = self.cache, self.cache.speeds
+        if speeds is None or not self._token_s or match.tail is None:
+            return True
+        slow = {key.id for key in cold}
+        link: tuple[Tier, Tier] = ("nvme", cache.load_target)
+        *blocks, tail = [Piece(key.num_bytes, (link,) if key.id in slow else ()) for key in match.keys]
+        plan = choose(
+            blocks,
+            tail,
+            tokens=match.length,
+            block_tokens=cache.layout.block_tokens,
+            tokens_per_s=1 / self._token_s,
+            speeds=speeds,
+        )
+        return plan.load_s <= plan.recompute_s
 
     def _loaded(self) -> None:
         """Loads are over. Where something did not come, the longest beginning without it is tried."""

@@ -8,11 +8,11 @@ entry takes bytes on both tiers and cannot be chosen for another move.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from python_backends.errors import InternalError
 from python_backends.kv.admission import Admission
-from python_backends.kv.blocks import EntryKey, Insert, Match, MissReason, Move, Tier, TierLimits
+from python_backends.kv.blocks import EntryId, EntryKey, Insert, Match, MissReason, Move, Tier, TierLimits
 from python_backends.kv.counters import Counters
 from python_backends.kv.entries import BIT, Entry, EntryTable
 from python_backends.kv.identity import EntryIds
@@ -297,6 +297,29 @@ class KvManager:
         for key in keys:
             if not self._table.hold(key.id, 0, -1):
                 raise InternalError(f"a {key.kind} of {key.position} tokens is unpinned more often than pinned")
+
+    def ancestry(self, tip: EntryKey) -> list[EntryKey]:
+        """The entries from the first block to ``tip`` itself; none where one of them is not held."""
+        keys: list[EntryKey] = []
+        entry = self._table.get(tip.id)
+        while entry is not None and entry.held and not entry.doomed:
+            keys.append(entry.key)
+            if self._table.is_first(entry.key):
+                return keys[::-1]
+            entry = self._table.get(entry.key.parent)
+        return []
+
+    def own_part(self, tip: EntryKey, others: Collection[EntryId]) -> list[EntryKey]:
+        """``tip`` and those of its ancestors that no other prompt goes on from, nor one of ``others``."""
+        own = [tip]
+        while not self._table.is_first(own[-1]):
+            child = own[-1]
+            beside = [entry.key for entry in self._table.children(child.parent).values() if entry.key != child]
+            parent = self._table.get(child.parent)
+            if parent is None or any(key.kind == "block" or key.id in others for key in beside):
+                break
+            own.append(parent.key)
+        return own
 
     def set_quota(self, salt: bytes, limit_bytes: int | None) -> None:
         """Bytes that a salt's entries may take on each tier; None: no limit but the tier's."""

@@ -12,6 +12,7 @@ from python_backends.config import Config
 from python_backends.decoder.engine import Engine
 from python_backends.errors import InternalError
 from python_backends.kv.identity import content_hash
+from python_backends.kv.mover import Mover
 from tests.checkpoints import IMAGE, tiny
 from tests.driver import decoder, vision
 from tests.prompts import prompt as random_prompt
@@ -153,10 +154,11 @@ def test_drafts_grammar_free_and_penalties_go_on_after_a_hit(open_engine):
     assert alone(engine, follow).tokens == alone(plain, follow).tokens
 
 
+@pytest.mark.parametrize("mover", [None, Mover], ids=["at-once", "threads"])
 @pytest.mark.parametrize("source", ["host", "nvme"])
-def test_answers_from_lower_tiers_are_the_same(open_engine, source):
+def test_answers_from_lower_tiers_are_the_same(open_engine, source, mover):
     plain, _ = open_engine(cached=False)
-    engine, cache = open_engine(folder="tier")
+    engine, cache = open_engine(folder="tier", mover=mover)
     ids = prompt(7, 120)
     first = alone(engine, ids)
     while not engine.idle:
@@ -315,6 +317,32 @@ def test_two_requests_with_embeddings_alone_share_by_their_content(open_engine):
     assert IMAGE in item.ids
 
 
+def test_many_requests_at_once_over_tiers_that_move_answer_as_alone(open_engine):
+    plain, _ = open_engine(cached=False)
+    engine, cache = open_engine(
+        folder="crowd",
+        config=dataclasses.replace(PLAIN, quantum_tokens=4, max_draft=2),
+        device=MB // 8,
+        host=MB // 8,
+        nvme=8 * MB,
+        mover=Mover,
+    )
+    systems = [prompt(30 + index, 40) for index in range(3)]
+    cases = [[*systems[seed % 3], *prompt(40 + seed % 7, 10 + seed % 5)] for seed in range(30)]
+    expected = {tuple(ids): alone(plain, ids, max_tokens=6).tokens for ids in cases}
+    callers = []
+    for number, ids in enumerate(cases):
+        callers.append(Caller(ids, max_tokens=6).to(engine))
+        if number % 6 == 5:
+            gone = Caller(ids, max_tokens=100).to(engine)
+            time.sleep(0.01)
+            gone.cancelled = True
+            engine.check_integrity()
+    assert [caller.wait().tokens for caller in callers] == [expected[tuple(ids)] for ids in cases]
+    assert sum(sum(caller.last.usage.as_json()["cached_tokens"].values()) for caller in callers) > 0
+    assert cache.stats()["tiers"]["host"]["writes"]
+
+
 def test_attention_masses_reach_the_books(open_engine):
     engine, cache = open_engine()
     alone(engine, prompt(14, 100), max_tokens=40)
@@ -325,9 +353,10 @@ def test_attention_masses_reach_the_books(open_engine):
     assert len(set(known)) > 1
 
 
-def test_tiers_of_a_few_entries_that_must_move_all_the_time_change_no_answer(open_engine):
+@pytest.mark.parametrize("mover", [None, Mover], ids=["at-once", "threads"])
+def test_tiers_of_a_few_entries_that_must_move_all_the_time_change_no_answer(open_engine, mover):
     plain, _ = open_engine(cached=False)
-    engine, cache = open_engine(folder="small", device=MB // 8, host=MB // 8, nvme=8 * MB)
+    engine, cache = open_engine(folder="small", device=MB // 8, host=MB // 8, nvme=8 * MB, mover=mover)
     rng = np.random.default_rng(5)
     histories = [prompt(20 + index, 60) for index in range(4)]
     for _ in range(24):

@@ -47,7 +47,8 @@ def open_cache(
         make_policies(policy, stores),
         block_tokens=layout.block_tokens,
     )
-    return KvCache(layout, fingerprint, manager, stores, memory, mover and mover(stores))
+    sessions = folder and folder / "sessions.json"
+    return KvCache(layout, fingerprint, manager, stores, memory, mover and mover(stores), session_file=sessions)
 
 
 def demote(cache: KvCache, keys: tuple[EntryKey, ...], source: Tier, target: Tier) -> None:

@@ -1,0 +1,90 @@
+"""From the configuration to a KV cache: which tiers there are, and how large."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from python_backends.config import Config
+from python_backends.errors import TierError
+from python_backends.kv.blocks import Tier, TierLimits
+from python_backends.kv.cache import KvCache
+from python_backends.kv.manager import KvManager
+from python_backends.kv.mover import Mover
+from python_backends.kv.policies import make_policies
+from python_backends.kv.tiers.arena import Arena, alignment_for
+from python_backends.kv.tiers.base import MemoryStore, TierStore
+from python_backends.kv.tiers.nvme import NvmeStore
+from python_backends.runtime.base import KvLayout
+
+log = logging.getLogger("wicore")
+
+DEVICE_SHARE = 1 / 3
+"""Of the memory for kept KV, what the device tier gets where device and host are the same memory."""
+FEWEST_TAILS = 4
+"""A tier that does not hold so many tails is not worth having."""
+
+
+def open_cache(layout: KvLayout, fingerprint: str, config: Config, memory_limit: int) -> KvCache | None:
+    """The cache that a configuration asks for; None where memory does not suffice.
+
+    Args:
+        layout: of the runtime.
+        fingerprint: what else the KV depends on: weights, precision, kernels.
+        config: the ``hmt_…``, ``kv_…`` and ``nvme_…`` keys.
+        memory_limit: bytes for the tiers in memory together.
+
+    Raises:
+        ConfigError: no such policy, or an NVMe limit that is too small.
+    """
+    largest = layout.largest_tail_bytes
+    device_bytes = int(memory_limit * DEVICE_SHARE)
+    if device_bytes < FEWEST_TAILS * largest:
+        log.warning(
+            "no KV cache: %.3g GB of memory do not hold %d entries of %.3g GB; raise cpu_memory_gb or kv_cache_share",
+            memory_limit / 1e9,
+            FEWEST_TAILS,
+            largest / 1e9,
+        )
+        return None
+    alignment = alignment_for(layout.block_bytes)
+    memory: dict[Tier, MemoryStore] = {
+        "device": Arena("device", device_bytes, alignment=alignment),
+        "host": Arena("host", memory_limit - device_bytes, alignment=alignment),
+    }
+    stores: dict[Tier, TierStore] = {**memory}
+    nvme = _open_nvme(layout, fingerprint, config, largest)
+    if nvme is not None:
+        stores["nvme"] = nvme
+    highs = {"device": config.hmt_gpu_threshold, "host": config.hmt_cpu_threshold, "nvme": 1.0}
+    limits = {
+        tier: TierLimits(store.usable_bytes, high=highs[tier], low=highs[tier] - 0.05) for tier, store in stores.items()
+    }
+    manager = KvManager(
+        limits,
+        make_policies(config.hmt_eviction_policy, stores, decay_factor=config.hmt_decay_factor),
+        block_tokens=layout.block_tokens,
+        needs_tails=layout.local_bytes > 0,
+    )
+    for tier, store in stores.items():
+        log.info("KV cache: %s tier of %.3g GB", tier, store.usable_bytes / 1e9)
+    sessions = None if nvme is None else Path(config.nvme_path) / "sessions.json"
+    return KvCache(layout, fingerprint, manager, stores, memory, Mover(stores), session_file=sessions)
+
+
+def _open_nvme(layout: KvLayout, fingerprint: str, config: Config, largest: int) -> NvmeStore | None:
+    """The tier on disk; a folder that cannot be used costs the tier, never the server."""
+    if not config.nvme_path or not config.nvme_memory_gb:
+        return None
+    try:
+        return NvmeStore(
+            Path(config.nvme_path),
+            int(config.nvme_memory_gb * 1e9),
+            fingerprint=f"{fingerprint}/{layout.identity}".encode(),
+            block_bytes=layout.block_bytes,
+            largest_bytes=largest,
+            write_budget_bytes=int(config.nvme_daily_writes_gb * 1e9) or None,
+        )
+    except TierError as error:
+        log.warning("no NVMe tier: %s", error.message)
+        return None
