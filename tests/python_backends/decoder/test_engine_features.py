@@ -1,6 +1,7 @@
 """Every request feature over a real decoder: what a sequence gets is what it would have got alone, drawn plainly."""
 
 import collections
+import dataclasses
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ from python_backends.config import Config
 from python_backends.decoder.engine import Engine
 from python_backends.decoder.grammar import GrammarCompiler
 from python_backends.decoder.token_bytes import TokenBytes
-from tests.checkpoints import EOS, VOCAB, tiny
+from tests.checkpoints import EOS, FIRST_TEXT, VOCAB, tiny
 from tests.driver import decoder
 from tests.python_backends.decoder.callers import Caller, alone, prompt, word_tokenizer
 
@@ -160,19 +161,34 @@ def test_the_seed_decides_and_no_seed_varies(open_engine):
     assert len({tuple(alone(engine, ids, temperature=1.5).tokens) for _ in range(4)}) > 1
 
 
-def test_drawn_tokens_follow_the_models_distribution_with_drafts_as_without(open_engine):
-    """Chi-square over the second token, which drafts propose."""
-    ids = repeating(1, 24)
-    bias = tuple((token, 14.0) for token in ids[:4])
-    counts = []
-    for config in (PLAIN, Config(prefill_chunk=64, max_draft=4)):
-        engine = open_engine(config, slots=8)
-        callers = [
-            Caller(ids, temperature=2.0, seed=seed, max_tokens=6, logit_bias=bias).to(engine) for seed in range(200)
-        ]
-        counts.append(collections.Counter(tuple(caller.wait().tokens) for caller in callers))
-    assert counts[0] == counts[1], "same seeds, same answers"
-    assert len(counts[0]) > 3
+def drawn_with(engine, seeds):
+    """Answers of a few symbols to a prompt of the same few, so that drafts are always proposed and often right."""
+    ids = [FIRST_TEXT + int(symbol) for symbol in np.random.default_rng(1).integers(0, 3, 48)]
+    bias = tuple((FIRST_TEXT + symbol, 40.0) for symbol in range(3))
+    callers = [Caller(ids, temperature=8.0, seed=seed, max_tokens=6, logit_bias=bias).to(engine) for seed in seeds]
+    return [tuple(caller.wait().tokens) for caller in callers]
+
+
+def test_drafts_change_no_draw_and_keep_the_distribution(open_engine):
+    plain = open_engine(dataclasses.replace(PLAIN, max_queue=400), slots=8)
+    drafting = open_engine(Config(prefill_chunk=64, max_draft=4, max_queue=400), slots=8)
+    count = 250
+    same = drawn_with(plain, range(count))
+    assert drawn_with(drafting, range(count)) == same, "same seeds, same answers"
+    assert drafting.stats.read()["accepted_tokens"] > 5  # how many pay is decided by the clock
+    # Chi-square of two samples with seeds of their own, over pairs of tokens drawn where drafts propose.
+    other = drawn_with(drafting, range(count, 2 * count))
+    for position in (1, 3):
+        found = [collections.Counter(tokens[position : position + 2] for tokens in sample) for sample in (same, other)]
+        frequent = [pair for pair in found[0] | found[1] if found[0][pair] + found[1][pair] >= 10]
+        assert len(frequent) >= 4
+        cells = [(found[0][pair], found[1][pair]) for pair in frequent]
+        rest = tuple(count - sum(column) for column in zip(*cells, strict=True))
+        cells += [rest] if sum(rest) else []
+        statistic = sum((first - second) ** 2 / (first + second) for first, second in cells)
+        degrees = len(cells) - 1
+        limit = degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3  # 99.9 %, Wilson–Hilferty
+        assert statistic < limit
 
 
 def test_the_snapshot_counts_who_is_here_and_how_long_they_waited(open_engine):
