@@ -40,6 +40,8 @@ class DecodeSpeed:
     inter_token_p99_ms: float
     context: float
     """Mean tokens in the cache of a sequence."""
+    cpu_us_per_token: float = 0.0
+    """CPU time of this process by every token of the run: the client's alone where a server answers."""
 
 
 def gaps(trace: Trace) -> list[tuple[float, float]]:
@@ -91,7 +93,7 @@ def overlap(traces: Sequence[Trace]) -> bool:
     return any(begin < at <= end for trace in traces for at, _ in gaps(trace))
 
 
-def decode_speed(traces: Sequence[Trace], prompt_tokens: int) -> DecodeSpeed:
+def decode_speed(traces: Sequence[Trace], prompt_tokens: int, cpu_s: float = 0.0) -> DecodeSpeed:
     """Figures of a batch that began together.
 
     Raises:
@@ -115,6 +117,7 @@ def decode_speed(traces: Sequence[Trace], prompt_tokens: int) -> DecodeSpeed:
         inter_token_p50_ms=percentile(between, 50),
         inter_token_p99_ms=percentile(between, 99),
         context=float(np.mean(contexts)),
+        cpu_us_per_token=1e6 * cpu_s / sum(len(trace.stamps) for trace in traces),
     )
 
 

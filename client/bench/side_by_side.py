@@ -87,7 +87,8 @@ def measure_targets(
         values["targets"][target.name]["open_loop"] = {"requests_per_s_offered": chosen, **found}
     if len(targets) > 1:
         values["cost"] = [
-            cost(batch, runs[targets[0].name, batch], runs[targets[-1].name, batch]) for batch in plan.batches
+            cost(batch, runs[targets[0].name, batch], runs[targets[-1].name, batch], machine.cores())
+            for batch in plan.batches
         ]
     values["gaps_ms"] = {target.name: _gap_percentiles(together(target, _jobs(prompts, plan))) for target in targets}
     return values
@@ -113,16 +114,24 @@ def _decode_in_turns(
     return runs
 
 
-def cost(batch: int, alone: Sequence[DecodeSpeed], through: Sequence[DecodeSpeed]) -> dict[str, float]:
-    """What Triton adds to a decode step: the median over pairs of runs that followed each other."""
+def cost(batch: int, alone: Sequence[DecodeSpeed], through: Sequence[DecodeSpeed], cores: int) -> dict[str, float]:
+    """What Triton adds to a decode step: the median over pairs of runs that followed each other.
+
+    ``share_without_client`` leaves out the CPU time of the client, spread over the cores: elsewhere it would not count.
+    """
     added = [after.step_ms - before.step_ms for before, after in zip(alone, through, strict=True)]
     shares = [extra / before.step_ms for extra, before in zip(added, alone, strict=True)]
+    client = [
+        1e-3 * batch * run.cpu_us_per_token / cores / before.step_ms for run, before in zip(through, alone, strict=True)
+    ]
     return {
         "batch": batch,
         "step_ms": statistics.median(run.step_ms for run in alone),
         "added_ms": statistics.median(added),
         "added_us_per_token": 1e3 * statistics.median(added) / batch,
         "share_of_step": statistics.median(shares),
+        "client_cpu_us_per_token": statistics.median(run.cpu_us_per_token for run in through),
+        "share_without_client": statistics.median(all_ - its for all_, its in zip(shares, client, strict=True)),
         "share_of_step_lowest": min(shares),
         "share_of_step_highest": max(shares),
     }
@@ -168,10 +177,21 @@ def text(found: Mapping[str, Any]) -> str:
     if "cost" in found:
         rows = [
             [f"batch {run['batch']}", run["step_ms"], run["added_ms"], run["added_us_per_token"],
-             *(f"{run[name]:.1%}" for name in ("share_of_step", "share_of_step_lowest", "share_of_step_highest"))]
+             *(f"{run[f'share_{name}']:.1%}" for name in ("of_step", "of_step_lowest", "of_step_highest")),
+             run["client_cpu_us_per_token"], f"{run['share_without_client']:.1%}"]
             for run in found["cost"]
         ]  # fmt: skip
-        heads = ["Triton adds", "step ms", "added ms", "µs/token", "of a step", "lowest", "highest"]
+        heads = [
+            "Triton adds",
+            "step ms",
+            "added ms",
+            "µs/token",
+            "of a step",
+            "lowest",
+            "highest",
+            "client µs/token",
+            "without",
+        ]
         parts.append(columns(heads, rows))
     return "\n\n".join(parts)
 

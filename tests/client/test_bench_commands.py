@@ -86,7 +86,7 @@ def test_bench_serve_compares_triton_with_the_engine(repository: Path, folder: P
         for one in values["closed_loop"]:
             assert 0 < one["steps"]["occupancy"] <= 1
             assert one["steps"]["padding"] == pytest.approx(1 - one["steps"]["occupancy"])
-        assert all(0 < one["share"] < 1 for one in values["decode"])
+        assert all(one["share"] > 0 for one in values["decode"])
     assert [one["batch"] for one in found["cost"]] == [1, 2]
     assert ElementTree.parse(plot).getroot().tag.endswith("svg")
 

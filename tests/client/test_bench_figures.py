@@ -117,8 +117,10 @@ def test_occupancy_counts_what_happened_between_two_readings() -> None:
 
 def test_what_triton_costs_is_the_median_over_pairs() -> None:
     alone = [decode_speed([trace(0, 1, 2, 3)], 1) for _ in range(3)]
-    through = [decode_speed([trace(0, 1, 1 + step, 1 + 2 * step)], 1) for step in (1.1, 1.2, 3.0)]
-    found = cost(1, alone, through)
+    through = [decode_speed([trace(0, 1, 1 + step, 1 + 2 * step)], 1, cpu_s=0.3) for step in (1.1, 1.2, 3.0)]
+    found = cost(1, alone, through, cores=2)
     assert found["added_ms"] == pytest.approx(200)
     assert found["share_of_step"] == pytest.approx(0.2)
     assert found["share_of_step_highest"] == pytest.approx(2.0)
+    assert found["client_cpu_us_per_token"] == pytest.approx(100_000)
+    assert found["share_without_client"] == pytest.approx(0.15)
