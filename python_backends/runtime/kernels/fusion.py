@@ -12,27 +12,8 @@ from dataclasses import dataclass
 import onnx
 from onnx import helper
 
-from python_backends.runtime.kernels.graph import DOMAIN, Graph, Matrix
-
-
-@dataclass
-class _Norm:
-    """An RMS norm over the last axis."""
-
-    node: onnx.NodeProto
-    x: str
-    gamma: str
-    out: str
-    epsilon: float
-
-    @classmethod
-    def of(cls, node: onnx.NodeProto | None, graph: Graph) -> _Norm | None:
-        if node is None or node.op_type != "RMSNormalization" or node.input[1] not in graph.constants:
-            return None
-        values = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-        if values.get("axis", -1) != -1 or values.get("stash_type", 1) != 1:
-            return None
-        return cls(node, node.input[0], node.input[1], node.output[0], values.get("epsilon", 1e-5))
+from python_backends.runtime.kernels.graph import DOMAIN, Graph, Matrix, Norm
+from python_backends.runtime.kernels.head_fusion import Heads, match_heads
 
 
 @dataclass
@@ -40,20 +21,21 @@ class _Layer:
     """The parts of one layer; see `wicore.DecoderLayer` in src/layer_op.h for what they compute."""
 
     stream: str
-    gate_norm: _Norm
+    gate_norm: Norm
     gate_up: Matrix
     down: Matrix
-    down_norm: _Norm
+    down_norm: Norm
     out: str
     last: onnx.NodeProto
     """The node in whose place the new one goes: the last of those that it replaces and that every layer has."""
     replaced: list[onnx.NodeProto]
     attention: str = ""
     out_projection: Matrix | None = None
-    attention_norm: _Norm | None = None
-    next_norm: _Norm | None = None
+    attention_norm: Norm | None = None
+    next_norm: Norm | None = None
     next_projection: Matrix | None = None
     next_out: str = ""
+    heads: Heads | None = None
 
 
 def fuse_layers(graph: Graph, threads: int) -> int:
@@ -78,10 +60,10 @@ def _match(graph: Graph, gelu: onnx.NodeProto) -> _Layer | None:
     gate_node, split, mul = gate
     down_node = graph.only_consumer(mul.output[0], "MatMulNBits")
     gate_up, down = (Matrix.of(node, graph.constants) for node in (gate_node, down_node))
-    gate_norm = _Norm.of(graph.producer(gate_node.input[0], "RMSNormalization"), graph)
+    gate_norm = Norm.of(graph.producer(gate_node.input[0], "RMSNormalization"), graph)
     if down_node is None or gate_up is None or down is None or gate_norm is None or not _fit(gate_up, down):
         return None
-    down_norm = _Norm.of(graph.only_consumer(down_node.output[0], "RMSNormalization"), graph)
+    down_norm = Norm.of(graph.only_consumer(down_node.output[0], "RMSNormalization"), graph)
     add = graph.only_consumer(down_norm.out, "Add") if down_norm is not None else None
     if down_norm is None or add is None or set(add.input) != {gate_norm.x, down_norm.out}:
         return None
@@ -117,10 +99,12 @@ def _add_front(graph: Graph, layer: _Layer) -> None:
     """The output projection of the attention before, its norm and the addition that makes the layer's stream."""
     add = graph.producer(layer.stream, "Add")
     takers = graph.consumers(layer.stream)
-    if add is None or len(takers) != 2 or {id(node) for node in takers} != {id(layer.gate_norm.node), id(layer.last)}:
+    if add is None or graph.is_kept(layer.stream) or len(takers) != 2:
+        return
+    if {id(node) for node in takers} != {id(layer.gate_norm.node), id(layer.last)}:
         return
     for normed, stream in (tuple(add.input), tuple(reversed(add.input))):
-        norm = _Norm.of(graph.producer(normed, "RMSNormalization"), graph)
+        norm = Norm.of(graph.producer(normed, "RMSNormalization"), graph)
         node = graph.producer(norm.x, "MatMulNBits") if norm is not None else None
         matrix = Matrix.of(node, graph.constants)
         if norm is None or node is None or matrix is None or matrix.bias or matrix.n != layer.down.n:
@@ -138,7 +122,7 @@ def _add_front(graph: Graph, layer: _Layer) -> None:
 def _add_end(graph: Graph, layer: _Layer) -> None:
     """The norm and the projection that begin the next layer."""
     for taker in graph.consumers(layer.out):
-        norm = _Norm.of(taker, graph)
+        norm = Norm.of(taker, graph)
         node = graph.only_consumer(norm.out, "MatMulNBits") if norm is not None else None
         matrix = Matrix.of(node, graph.constants)
         if norm is None or node is None or matrix is None or matrix.bias or matrix.k != layer.down.n:
@@ -147,6 +131,9 @@ def _add_end(graph: Graph, layer: _Layer) -> None:
             continue
         layer.next_norm, layer.next_projection, layer.next_out = norm, matrix, node.output[0]
         layer.replaced += [norm.node, node]
+        layer.heads = match_heads(graph, layer.next_out, matrix.n, norm.epsilon)
+        if layer.heads is not None:
+            layer.replaced += layer.heads.replaced
         return
 
 
@@ -169,10 +156,14 @@ def _replace(graph: onnx.GraphProto, layer: _Layer, threads: int) -> None:
     inputs = [layer.stream, layer.attention, *matrices["out_"].inputs, attention_gamma]
     inputs += [layer.gate_norm.gamma, *matrices["gate_"].inputs, *matrices["down_"].inputs, layer.down_norm.gamma]
     inputs += [next_gamma, *matrices["next_"].inputs]
-    outputs = [layer.out, layer.next_out] if layer.next_out else [layer.out]
+    op_type, outputs = "DecoderLayer", [layer.out, layer.next_out] if layer.next_out else [layer.out]
+    if layer.heads is not None:
+        inputs += [layer.heads.cosine, layer.heads.sine, layer.heads.query_gamma, layer.heads.key_gamma]
+        op_type, outputs = "DecoderLayerToHeads", [layer.out, *layer.heads.outputs]
     while not inputs[-1]:
         inputs.pop()
-    fused = helper.make_node("DecoderLayer", inputs, outputs, name=layer.last.name, domain=DOMAIN)
+    fused = helper.make_node(op_type, inputs, outputs, name=layer.last.name, domain=DOMAIN)
+    fused.attribute.extend(layer.heads.attributes() if layer.heads is not None else [])
     for prefix, matrix in matrices.items():
         fused.attribute.extend(matrix.attributes(prefix))
     fused.attribute.append(helper.make_attribute("epsilon", layer.gate_norm.epsilon))

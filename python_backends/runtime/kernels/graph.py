@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 DOMAIN = "wicore"
 _BLOCKS = (32, 64, 128, 256)
@@ -56,13 +57,29 @@ class Graph:
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.proto = graph
-        self.constants = {initializer.name for initializer in graph.initializer}
+        self._initializers = {initializer.name: initializer for initializer in graph.initializer}
+        self.constants = set(self._initializers)
         self._producers = {name: node for node in graph.node for name in node.output if name}
         self._consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in graph.node:
             for name in node.input:
                 self._consumers[name].append(node)
         self._kept = {value.name for value in graph.output} | _names_in_subgraphs(graph)
+
+    def is_kept(self, name: str) -> bool:
+        """Whether the value is an output of the graph, or seen inside a control flow node."""
+        return name in self._kept
+
+    def length(self, name: str) -> int:
+        """Elements of a constant."""
+        return math.prod(self._initializers[name].dims)
+
+    def integers(self, name: str) -> list[int] | None:
+        """The values of a constant that lies in the model itself; None for anything else."""
+        tensor = self._initializers.get(name)
+        if tensor is None or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            return None
+        return [int(value) for value in numpy_helper.to_array(tensor).ravel()]
 
     def producer(self, name: str, op_type: str) -> onnx.NodeProto | None:
         """The node of this type that makes the value."""
@@ -90,3 +107,24 @@ def _names_in_subgraphs(graph: onnx.GraphProto) -> set[str]:
                 names |= {value.name for value in attribute.g.output}
                 names |= _names_in_subgraphs(attribute.g)
     return names
+
+
+@dataclass
+class Norm:
+    """An RMS norm over the last axis."""
+
+    node: onnx.NodeProto
+    x: str
+    gamma: str
+    out: str
+    epsilon: float
+
+    @classmethod
+    def of(cls, node: onnx.NodeProto | None, graph: Graph) -> Norm | None:
+        """The norm that a node computes; None for any other node."""
+        if node is None or node.op_type != "RMSNormalization" or node.input[1] not in graph.constants:
+            return None
+        values = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        if values.get("axis", -1) != -1 or values.get("stash_type", 1) != 1:
+            return None
+        return cls(node, node.input[0], node.input[1], node.output[0], values.get("epsilon", 1e-5))

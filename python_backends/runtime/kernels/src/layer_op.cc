@@ -9,7 +9,7 @@ namespace {
 
 // Positions of the inputs; a matrix takes three.
 constexpr size_t kStream = 0, kAttention = 1, kOutProjection = 2, kAttentionGamma = 5, kGateGamma = 6, kGateUp = 7,
-                 kDown = 10, kDownGamma = 13, kNextGamma = 14, kNextProjection = 15;
+                 kDown = 10, kDownGamma = 13, kNextGamma = 14, kNextProjection = 15, kCosine = 18, kSine = 19, kQueryGamma = 20, kKeyGamma = 21;
 
 // Hands out parts of one piece of memory, or measures it while there is none.
 class Carver {
@@ -39,13 +39,15 @@ Operand carve(Carver& carver, const PackedMatrix& matrix, int64_t rows, Kernel k
 struct DecoderLayer::Buffers {
   Operand attention, gate, hidden, next;
   float* product;
+  float* packed;  // query, key and value
 
   Buffers(const DecoderLayer& layer, int64_t rows, Kernel kernel, Carver& carver)
       : attention(carve(carver, layer.out_projection_ ? *layer.out_projection_ : *layer.gate_up_, rows, kernel)),
         gate(carve(carver, *layer.gate_up_, rows, kernel)),
         hidden(carve(carver, *layer.down_, rows, kernel)),
         next(carve(carver, layer.next_projection_ ? *layer.next_projection_ : *layer.gate_up_, rows, kernel)),
-        product(carver.floats(rows * layer.width_)) {}
+        product(carver.floats(rows * layer.width_)),
+        packed(layer.heads_.heads ? carver.floats(rows * layer.next_projection_->shape().n) : nullptr) {}
 };
 
 bool DecoderLayer::is_uint8(size_t input) {
@@ -55,7 +57,7 @@ bool DecoderLayer::is_uint8(size_t input) {
   return false;
 }
 
-DecoderLayer::DecoderLayer(const ort::Api& api, const ort::KernelInfo* info) : api_(api) {
+DecoderLayer::DecoderLayer(const ort::Api& api, const ort::KernelInfo* info, bool to_heads) : api_(api) {
   const NodeInfo node(api, info);
   threads_ = static_cast<int>(node.integer("threads"));
   epsilon_ = node.real("epsilon");
@@ -71,42 +73,95 @@ DecoderLayer::DecoderLayer(const ort::Api& api, const ort::KernelInfo* info) : a
   if (!can_gate(gate_up_->shape(), down_->shape()) || down_->shape().n != width_) {
     throw std::runtime_error("DecoderLayer: the sizes of gate_up and down do not fit");
   }
+  if (!to_heads) return;
+  heads_.heads = node.integer("heads");
+  heads_.kv_heads = node.integer("kv_heads");
+  heads_.dim = next_projection_->shape().n / (heads_.heads + 2 * heads_.kv_heads);
+  heads_.epsilon = epsilon_;
+  query_gamma_ = node.vector(kQueryGamma, heads_.dim);
+  key_gamma_ = node.vector(kKeyGamma, heads_.dim);
+  heads_.query_gamma = query_gamma_.data();
+  heads_.key_gamma = key_gamma_.data();
 }
 
-void DecoderLayer::compute(ort::KernelContext* context) const {
-  const ort::Value *stream = nullptr, *attention = nullptr;
+DecoderLayer::Rows DecoderLayer::rows_of(ort::KernelContext* context) const {
+  const ort::Value* stream = nullptr;
   check(api_.input(context, kStream, &stream));
-  std::vector<int64_t> dims = shape_of(api_, stream);
+  const std::vector<int64_t> dims = shape_of(api_, stream);
   if (dims.size() != 2 || dims[1] != width_) throw std::runtime_error("DecoderLayer: the stream is not [T, D]");
   ort::Value *out = nullptr, *next = nullptr;
   check(api_.output(context, 0, dims.data(), dims.size(), &out));
-  Rows rows{data_of<const float>(api_, stream), nullptr, data_of<float>(api_, out), nullptr, 0};
+  Rows rows{data_of<const float>(api_, stream), nullptr, data_of<float>(api_, out), nullptr, heads_, dims[0]};
   if (out_projection_) {
+    const ort::Value* attention = nullptr;
     check(api_.input(context, kAttention, &attention));
     if (shape_of(api_, attention) != std::vector<int64_t>{dims[0], out_projection_->shape().k}) {
       throw std::runtime_error("DecoderLayer: the attention is not [T, heads * head_dim]");
     }
     rows.attention = data_of<const float>(api_, attention);
   }
-  if (next_projection_) {
+  if (heads_.heads) {
+    rows.heads = heads_of(context, dims[0]);
+  } else if (next_projection_) {
     const int64_t next_dims[] = {dims[0], next_projection_->shape().n};
     check(api_.output(context, 1, next_dims, 2, &next));
     rows.next = data_of<float>(api_, next);
   }
-  const Kernel kernel = kernel_for(dims[0]);
-  for (int64_t first = 0; first < dims[0]; first += kRowsAtOnce) {
-    rows.count = std::min(kRowsAtOnce, dims[0] - first);
+  return rows;
+}
+
+Heads DecoderLayer::heads_of(ort::KernelContext* context, int64_t tokens) const {
+  const ort::Value *cosine = nullptr, *sine = nullptr;
+  check(api_.input(context, kCosine, &cosine));
+  check(api_.input(context, kSine, &sine));
+  std::vector<int64_t> dims = shape_of(api_, cosine);
+  if (dims.size() != 3 || dims[0] * dims[1] != tokens || dims[2] * 2 != heads_.dim || shape_of(api_, sine) != dims) {
+    throw std::runtime_error("DecoderLayerToHeads: cosine and sine are not [B, S, head_dim / 2] of the stream's tokens");
+  }
+  Heads heads = heads_;
+  heads.cosine = data_of<const float>(api_, cosine);
+  heads.sine = data_of<const float>(api_, sine);
+  const auto output = [&](size_t index, int64_t count) {
+    dims[2] = count * heads_.dim;
+    ort::Value* value = nullptr;
+    check(api_.output(context, index, dims.data(), dims.size(), &value));
+    return data_of<uint16_t>(api_, value);
+  };
+  heads.query = output(1, heads.heads);
+  heads.key = output(2, heads.kv_heads);
+  heads.value = output(3, heads.kv_heads);
+  return heads;
+}
+
+DecoderLayer::Rows DecoderLayer::Rows::part(const DecoderLayer& layer, int64_t first, int64_t length) const {
+  Rows rows = *this;
+  rows.count = length;
+  rows.stream += first * layer.width_;
+  rows.out += first * layer.width_;
+  if (attention) rows.attention += first * layer.out_projection_->shape().k;
+  if (next) rows.next += first * layer.next_projection_->shape().n;
+  if (heads.heads) {
+    rows.heads.cosine += first * heads.dim / 2;
+    rows.heads.sine += first * heads.dim / 2;
+    rows.heads.query += first * heads.heads * heads.dim;
+    rows.heads.key += first * heads.kv_heads * heads.dim;
+    rows.heads.value += first * heads.kv_heads * heads.dim;
+  }
+  return rows;
+}
+
+void DecoderLayer::compute(ort::KernelContext* context) const {
+  const Rows rows = rows_of(context);
+  const Kernel kernel = kernel_for(rows.count);
+  for (int64_t first = 0; first < rows.count; first += kRowsAtOnce) {
+    const Rows part = rows.part(*this, first, std::min(kRowsAtOnce, rows.count - first));
     Carver measure(nullptr);
-    Buffers(*this, rows.count, kernel, measure);
+    Buffers(*this, part.count, kernel, measure);
     Carver carver(node_scratch().at_least(measure.used()));
-    const Buffers buffers(*this, rows.count, kernel, carver);
+    const Buffers buffers(*this, part.count, kernel, carver);
     Region region(threads_);
-    add_phases(region, rows, buffers);
+    add_phases(region, part, buffers);
     run(api_, context, region);
-    rows.stream += rows.count * width_;
-    rows.out += rows.count * width_;
-    if (rows.attention) rows.attention += rows.count * out_projection_->shape().k;
-    if (rows.next) rows.next += rows.count * next_projection_->shape().n;
   }
 }
 
@@ -129,7 +184,12 @@ void DecoderLayer::add_phases(Region& region, const Rows& rows, const Buffers& b
                Residual{stream, buffers.product, down_gamma_.data(), rows.out, next_gamma_.data(),
                         next_projection_ ? &buffers.next : nullptr, width_, epsilon_},
                rows.count);
-  if (next_projection_) add_product(region, *next_projection_, buffers.next, nullptr, rows.next);
+  if (!next_projection_) return;
+  add_product(region, *next_projection_, buffers.next, nullptr, rows.heads.heads ? buffers.packed : rows.next);
+  if (!rows.heads.heads) return;
+  Heads heads = rows.heads;
+  heads.packed = buffers.packed;
+  add_heads(region, heads, rows.count);
 }
 
 }  // namespace wicore

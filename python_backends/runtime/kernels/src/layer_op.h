@@ -3,6 +3,7 @@
 #include <memory>
 #include <vector>
 
+#include "heads.h"
 #include "kernel_info.h"
 #include "linear.h"
 
@@ -26,21 +27,29 @@ class DecoderLayer {
   static constexpr size_t kInputs = 18, kOutputs = 2;
   static bool is_uint8(size_t input);
   static bool is_required_input(size_t input) { return input == 0; }
+  static bool is_float16_output(size_t) { return false; }
 
-  DecoderLayer(const ort::Api& api, const ort::KernelInfo* info);
+  DecoderLayer(const ort::Api& api, const ort::KernelInfo* info) : DecoderLayer(api, info, false) {}
   void compute(ort::KernelContext* context) const;
   const ort::Api& api() const { return api_; }
 
  private:
   struct Buffers;
+
+  // The tokens of a call, or those of them that are computed at once. What a node leaves out is null.
   struct Rows {
     const float* stream;
     const float* attention;
     float* out;
     float* next;
+    Heads heads;
     int64_t count;
+
+    Rows part(const DecoderLayer& layer, int64_t first, int64_t length) const;
   };
 
+  Rows rows_of(ort::KernelContext* context) const;
+  Heads heads_of(ort::KernelContext* context, int64_t tokens) const;
   void add_phases(Region& region, const Rows& rows, const Buffers& buffers) const;
 
   const ort::Api& api_;
@@ -48,7 +57,25 @@ class DecoderLayer {
   float epsilon_;
   int64_t width_;
   std::unique_ptr<PackedMatrix> out_projection_, gate_up_, down_, next_projection_;
-  std::vector<float> attention_gamma_, gate_gamma_, down_gamma_, next_gamma_;
+  std::vector<float> attention_gamma_, gate_gamma_, down_gamma_, next_gamma_, query_gamma_, key_gamma_;
+  Heads heads_{};  // with 0 heads the next projection is an output as it is
+
+ protected:
+  DecoderLayer(const ort::Api& api, const ort::KernelInfo* info, bool to_heads);
+};
+
+// wicore.DecoderLayerToHeads: the same, and the next projection is cut into query, key and value, which are normed,
+// rotated and rounded to float16 (`Heads`).
+// more inputs: cosine and sine float32 [B, S, head_dim / 2] with B * S = T; query_gamma and key_gamma [head_dim], constants.
+// outputs: stream float32 [T, D]; query float16 [B, S, heads * head_dim]; key and value float16 [B, S, kv_heads * head_dim].
+// more attributes: heads, kv_heads.
+class DecoderLayerToHeads : public DecoderLayer {
+ public:
+  static constexpr const char* kName = "DecoderLayerToHeads";
+  static constexpr size_t kInputs = 22, kOutputs = 4;
+  static bool is_float16_output(size_t output) { return output > 0; }
+
+  DecoderLayerToHeads(const ort::Api& api, const ort::KernelInfo* info) : DecoderLayer(api, info, true) {}
 };
 
 }  // namespace wicore

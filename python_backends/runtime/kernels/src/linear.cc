@@ -3,10 +3,10 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "lanes.h"
+#include "norm.h"
 #include "scratch.h"
 #include "vector_math.h"
 
@@ -52,16 +52,6 @@ void write_gated(const Operand& hidden, int64_t block, const PanelSums* sums) {
     }
     hidden.fill_block(row, block, values);
   }
-}
-
-// 1 / root mean square of x [width].
-float inverse_rms(const float* x, int64_t width, float epsilon) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < width; i += 16) {
-    const __m512 piece = _mm512_maskz_loadu_ps(lanes(width - i), x + i);
-    sum = _mm512_fmadd_ps(piece, piece, sum);
-  }
-  return 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / static_cast<float>(width) + epsilon);
 }
 
 // out = x * factor * gamma, plus `base` where there is one.

@@ -16,6 +16,7 @@ class QuantizedMatMul {
   static constexpr size_t kInputs = 5, kOutputs = 1;
   static bool is_uint8(size_t input) { return input == 1 || input == 3; }
   static bool is_required_input(size_t input) { return input < 3; }
+  static bool is_float16_output(size_t) { return false; }
 
   QuantizedMatMul(const ort::Api& api, const ort::KernelInfo* info);
   void compute(ort::KernelContext* context) const;

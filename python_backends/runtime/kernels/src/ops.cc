@@ -24,7 +24,9 @@ CustomOp describe() {
     return Kernel::is_required_input(index) ? ort::kRequired : ort::kOptional;
   };
   op.output_count = [](const CustomOp*) -> size_t { return Kernel::kOutputs; };
-  op.output_type = [](const CustomOp*, size_t) -> int { return ort::kFloat; };
+  op.output_type = [](const CustomOp*, size_t index) -> int {
+    return Kernel::is_float16_output(index) ? ort::kFloat16 : ort::kFloat;
+  };
   op.output_characteristic = [](const CustomOp*, size_t index) -> int {
     return index == 0 ? ort::kRequired : ort::kOptional;
   };
@@ -50,7 +52,8 @@ extern "C" __attribute__((visibility("default"))) wicore::ort::Status* RegisterC
     wicore::ort::SessionOptions* options, const wicore::ort::ApiBase* base) {
   using namespace wicore;
   const ort::Api* api = base->get_api(ort::kApiVersion);
-  static const ort::CustomOp ops[] = {describe<QuantizedMatMul>(), describe<DecoderLayer>()};
+  static const ort::CustomOp ops[] = {describe<QuantizedMatMul>(), describe<DecoderLayer>(),
+                                      describe<DecoderLayerToHeads>()};
   static ort::CustomOpDomain* domain = nullptr;  // lives as long as the library: sessions refer to it
   return guarded(*api, [&] {
     if (!domain) {

@@ -55,12 +55,16 @@ class Weight:
         )
 
 
-def graph_of(nodes, inputs, outputs, initializers):
+def graph_of(nodes, inputs, outputs, initializers, halves=()):
+    """A graph of float32 inputs and outputs, but for the float16 outputs named in ``halves``."""
     return helper.make_graph(
         nodes,
         "products",
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT16 if name in halves else TensorProto.FLOAT, shape)
+            for name, shape in outputs.items()
+        ],
         initializers,
     )
 
