@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sys
 from typing import Any
 
@@ -18,6 +19,10 @@ from client.gateway import errors
 MAX_HEADER_BYTES = 32 * 2**10
 MAX_HEADERS = 128
 HEADER_TIMEOUT_S = 10.0
+LINGER_S = 2.0
+"""How long what a refused client still sends is read."""
+UNREAD_S = 60
+"""When the kernel gives up a connection whose peer takes nothing (TCP_USER_TIMEOUT, tcp(7))."""
 
 
 class HttpProtocol(H11Protocol):
@@ -26,11 +31,15 @@ class HttpProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection that sends nothing holds a place, so its time runs from here."""
         self._header_timer: asyncio.TimerHandle | None = None
+        self._refused = False
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_S * 1000)
         super().connection_made(transport)
         self._watch_headers()
 
     def data_received(self, data: bytes) -> None:
         """The time of a request's headers runs from their first byte."""
+        if self._refused:  # read and thrown away, or the answer would be lost with the connection
+            return
         super().data_received(data)
         self._watch_headers()
 
@@ -60,13 +69,13 @@ class HttpProtocol(H11Protocol):
         error = sys.exc_info()[1]
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         text = f"the headers are larger than {MAX_HEADER_BYTES} bytes" if status == 431 else f"no valid HTTP: {error}"
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and (self.cycle is None or self._is_between()):
-            self._refuse(status, text)
-        else:
-            self.transport.close()  # in the middle of an answer: nothing else can be said on this connection
-
-    def _is_between(self) -> bool:
-        return bool(self.cycle.response_complete)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.cycle.response_started:
+                self.transport.close()  # in the middle of an answer nothing else can be said
+                return
+        self._refuse(status, text)
 
     def _refuse(self, status: int, message: str) -> None:
         content = json.dumps(_error(status, message)).encode()
@@ -78,7 +87,10 @@ class HttpProtocol(H11Protocol):
         reason = STATUS_PHRASES.get(status, b"")
         events = (h11.Response(status_code=status, headers=headers, reason=reason), h11.Data(content))
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in (*events, h11.EndOfMessage())))
-        self.transport.close()
+        self._refused = True
+        self._stop_header_timer()
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.close)
 
 
 def _error(status: int, message: str) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Generation(Strict):
     top_p: Number | None = None
     top_k: int | None = None
     min_p: Number | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,20 @@ def wait_until_ready(address: str, timeout_s: float = RECOVERY_S) -> float:
     raise AssertionError(f"not ready after {timeout_s} s")
 
 
+def last_event(address: str, after_first: Callable[[], object]) -> dict[str, Any]:
+    """Of a long stream; ``after_first`` is called once it has begun."""
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5000, "ignore_eos": True, "n": 8}
+    sampled = {**body, "temperature": 5.0, "stream": True}
+    with httpx.stream("POST", f"{address}/v1/chat/completions", json=sampled, timeout=RECOVERY_S) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        after_first()
+        events = [line.removeprefix("data: ") for line in lines if line]
+    assert events[-1] == "[DONE]"
+    found: dict[str, Any] = json.loads(events[-2])
+    return found
+
+
 def test_whatever_is_killed_serves_again_and_the_end_leaves_nothing(repository: Path) -> None:
     with wicore_serve(repository) as (process, first):
         address = first["gateway"]
@@ -115,8 +129,8 @@ def test_whatever_is_killed_serves_again_and_the_end_leaves_nothing(repository: 
         time.sleep(0.2)
         wait_until_ready(address)
         stages = psutil.Process(first["pid"]).children()
-        next(child for child in stages if "vision_encoder" in child.cmdline()[1]).kill()
-        time.sleep(1.2)
+        decoder = next(child for child in stages if "/decoder/" in child.cmdline()[1])
+        assert last_event(address, decoder.kill)["error"]["code"] == "server_unavailable"
         wait_until_ready(address)
         assert process.stdout is not None
         lines = [json.loads(process.stdout.readline()) for _ in range(2)]
