@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from python_backends.errors import InternalError
-from python_backends.runtime.kernels import cpu
 
 _SOURCES = Path(__file__).parent / "src"
 _COMPILERS = ("g++", "clang++", "c++")
@@ -57,7 +56,7 @@ def _compiler() -> str:
 def _key(compiler: str) -> str:
     """What the library is made of, as a short hash."""
     digest = hashlib.sha256()
-    for part in (compiler, _run([compiler, "--version"]), *_OPTIONS, *_AMX_OPTIONS, str(cpu.has_amx())):
+    for part in (compiler, _run([compiler, "--version"]), *_OPTIONS, *_AMX_OPTIONS):
         digest.update(part.encode() + b"\0")
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from pathlib import Path
 
@@ -29,5 +30,5 @@ def missing() -> list[str]:
 
 
 def has_amx() -> bool:
-    """Whether the CPU multiplies tiles of int8 and bfloat16. Linux may still refuse them to the process."""
-    return flags() >= _AMX
+    """Whether the CPU multiplies tiles of int8 and bfloat16, and nobody forbids it. Linux may still refuse them."""
+    return flags() >= _AMX and "WICORE_NO_AMX" not in os.environ

@@ -1,5 +1,10 @@
 """Every kernel of a quantized product against float64, over random shapes and hard values."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +12,8 @@ from hypothesis import strategies as st
 
 from python_backends.runtime.kernels import cpu
 from tests.python_backends.runtime.kernels.products import Weight, multiply, product_session, rounding_bound
+
+REPOSITORY = Path(__file__).parents[4]
 
 
 def check(x, weight, session, bias=0.0):
@@ -97,6 +104,25 @@ def test_rows_of_a_long_prompt_do_not_depend_on_those_behind_them(compiled):
     np.testing.assert_allclose(multiply(session, x[:90]), whole[:90], rtol=1e-5, atol=1e-4)
     check(x[1000:], weight, session)
     assert np.abs(whole - x @ weight.dense().T.astype(np.float32)).max() < 0.02 * np.abs(whole).max()
+
+
+def test_without_amx_any_number_of_rows_takes_the_vector_kernel(compiled, tmp_path):
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(100, 160)).astype(np.float32)
+    weight = Weight.random(rng, 70, 160)
+    np.savez(tmp_path / "inputs.npz", x=x, data=weight.quantized.data, scales=weight.quantized.scales)
+    script = f"""
+import numpy as np
+from builders.quantize import Quantized
+from tests.python_backends.runtime.kernels.products import Weight, multiply, product_session
+values = np.load({str(tmp_path / "inputs.npz")!r})
+weight = Weight(70, 160, 4, 32, Quantized(values["data"], values["scales"], None))
+np.save({str(tmp_path / "product.npy")!r}, multiply(product_session(weight, {str(compiled)!r}), values["x"]))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "WICORE_NO_AMX": "1"}, cwd=REPOSITORY)
+    session = product_session(weight, compiled)
+    alone = np.concatenate([multiply(session, row[None]) for row in x])
+    np.testing.assert_array_equal(np.load(tmp_path / "product.npy"), alone)
 
 
 def test_no_rows_and_more_dimensions(compiled):
