@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from python_backends import contract, triton_io
+from python_backends import config, contract, triton_io
+from python_backends.errors import OverloadedError
 from python_backends.pixels import open_processor
 
 MODEL = contract.MODELS[contract.IMAGE_PROCESSOR]
@@ -25,13 +27,15 @@ class TritonPythonModel:
         """
         triton_io.start_logging(contract.IMAGE_PROCESSOR)
         self._processor = open_processor(triton_io.repository(args))
+        settings = config.load(triton_io.repository(args))
+        self._room = threading.BoundedSemaphore(settings.max_queue + settings.max_batch_size)
         self._requests = ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="wicore-request")
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Answer prompts without images at once, the others from threads as their images become ready."""
         for request in requests:
             if triton_io.rows(request, contract.IMAGE_BYTES.name).size:
-                self._requests.submit(triton_io.send_answer, request, MODEL, self._answer)
+                self._queue(request)
             else:
                 triton_io.send_answer(request, MODEL, self._answer)
 
@@ -40,5 +44,17 @@ class TritonPythonModel:
         self._requests.shutdown(wait=False, cancel_futures=True)
         self._processor.close()
 
+    def _queue(self, request: Any) -> None:
+        """As many as the decoder lets wait; one more would only wait here for being refused there."""
+        if self._room.acquire(blocking=False):
+            done = self._requests.submit(triton_io.send_answer, request, MODEL, self._answer)
+            done.add_done_callback(lambda _: self._room.release())
+        else:
+            triton_io.send_answer(request, MODEL, _refuse)
+
     def _answer(self, request: Any) -> dict[str, triton_io.Value]:
         return {contract.PIXELS.name: self._processor(triton_io.text(request, contract.IMAGE_BYTES.name))}
+
+
+def _refuse(_: Any) -> dict[str, triton_io.Value]:
+    raise OverloadedError("as many pictures as may wait are waiting already; try again later")

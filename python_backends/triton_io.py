@@ -1,10 +1,12 @@
 """Triton's side of every stage: tensors in and out by the contract, and exceptions mapped once.
 
-The only file that imports ``triton_python_backend_utils``, which exists inside a Python-backend stub alone.
+This file and `decoder.backend` import ``triton_python_backend_utils``, which exists inside a Python-backend stub alone.
 """
 
 from __future__ import annotations
 
+import difflib
+import json
 import logging
 import sys
 import threading
@@ -32,6 +34,9 @@ NUMPY: dict[TritonType, Any] = {
 }
 
 Value = NDArray[Any] | Sequence[bytes]
+
+TRITON_PARAMETERS = ("triton_", "sequence_", "binary_data", "priority", "timeout", "classification", "headers")
+"""Beginnings of the request parameters that Triton and its clients use themselves."""
 
 
 def start_logging(stage: str) -> None:
@@ -82,13 +87,22 @@ def refuse_unimplemented(request: Any, model: Model) -> None:
         if tensor.implemented:
             continue
         values = array(request, tensor.name)
-        if values is not None and any(bool(value) for value in values.reshape(-1)) and not _is_neutral(tensor, values):
+        if values is not None and any(bool(value) for value in values.reshape(-1)):
             raise UnsupportedFeatureError(f"{tensor.name} is not offered by this version; leave it out")
 
 
-def _is_neutral(tensor: Tensor, values: NDArray[Any]) -> bool:
-    """One answer and a factor of one are what a request without these gets."""
-    return tensor.name in {"n", "repetition_penalty"} and bool((values == 1).all())
+def refuse_parameters(request: Any, names: Sequence[str]) -> None:
+    """Refuse what is no input: over HTTP, Triton makes a parameter of every field that it does not know.
+
+    Raises:
+        InvalidParameterError: with the nearest of ``names``.
+    """
+    for name in json.loads(request.parameters() or "{}"):
+        if name.startswith(TRITON_PARAMETERS):
+            continue
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"inputs are {', '.join(names)}"
+        raise InvalidParameterError(f"there is no input {name!r}; {hint}")
 
 
 def respond(values: Mapping[str, Value], model: Model) -> Any:

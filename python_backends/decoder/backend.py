@@ -6,7 +6,9 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,10 +26,13 @@ from python_backends.decoder.open import open_engine, open_tokenizer
 from python_backends.decoder.parameters import Parameters, parameters_within, read_logit_bias
 from python_backends.decoder.sequence import Piece, Request
 from python_backends.errors import (
+    CancelledError,
+    DeadlineExceededError,
     ImageCountError,
     InternalError,
     InvalidParameterError,
     InvalidTextError,
+    OverloadedError,
     UnsupportedFeatureError,
     from_message,
 )
@@ -60,6 +65,7 @@ SCALARS = (
 """Inputs that are parameters of the same name."""
 SESSION_COMMAND = "session."
 """In front of what to do with the KV of a session: show, pin, unpin, prefetch, erase."""
+INPUTS = [tensor.name for tensor in contract.MODELS[contract.ENSEMBLE].inputs]
 ENCODE_THREADS = 16
 """Images that wait for the vision encoder at once, and requests that wait for images; these threads only wait."""
 
@@ -77,11 +83,12 @@ class TritonPythonModel:
         repository = triton_io.repository(args)
         self._config = load(repository)
         built = manifest.load(repository, [contract.DECODER, contract.TOKENIZER])
-        self._engine: Engine = open_engine(built, self._config)
+        self._engine: Engine = open_engine(built, self._config, on_failure=_end_process)
         self._formats = FormatReader(open_tokenizer(built), built.model)
         self._metrics = self._report_metrics()
         # Two pools: a request waits in one for its images in the other, so neither can fill up with waits for itself.
         self._preparing = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="wicore-prepare")
+        self._room = threading.BoundedSemaphore(self._config.max_batch_size + self._config.max_queue)
         self._encoders = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="wicore-encode")
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -112,6 +119,7 @@ class TritonPythonModel:
 
     def _start(self, request: Any, answer: Answer) -> None:
         triton_io.refuse_unimplemented(request, MODEL)
+        triton_io.refuse_parameters(request, INPUTS)
         if triton_io.text(request, "command"):
             self._command(request, answer)
             return
@@ -123,11 +131,14 @@ class TritonPythonModel:
         if not has_images and not any(sent.values()):
             self._engine.submit(ready)
             return
+        if not self._room.acquire(blocking=False):
+            raise OverloadedError("as many requests as may wait are being prepared already; try again later")
         work = functools.partial(self._prepare, ready, sent, pixels if has_images else None)
-        self._preparing.submit(answer.guard, work)
+        self._preparing.submit(answer.guard, work).add_done_callback(lambda _: self._room.release())
 
     def _prepare(self, request: Request, sent: Mapping[str, str], pixels: NDArray[np.uint8] | None) -> None:
         """What takes longer than a hand-over: compile the answer's grammar, have the images encoded."""
+        _check_wanted(request)
         request = self._formats.apply(request, **sent)
         if pixels is not None:
             request = self._with_images(request, pixels)
@@ -143,6 +154,7 @@ class TritonPythonModel:
         known = 0 if hit is None else sum(start < hit.length for start in request.image_starts)
         try:
             features = self._encoded(pixels[known:])
+            _check_wanted(request)
         except BaseException:
             if hit is not None:
                 hit.release()
@@ -170,6 +182,7 @@ class TritonPythonModel:
             cache_salt=_word(request, "cache_salt"),
             session=_word(request, "session"),
             request_id=_word(request, "request_id"),
+            arrived_s=time.monotonic(),
             is_cancelled=answer.is_cancelled,
         )
 
@@ -183,7 +196,10 @@ class TritonPythonModel:
             return
         if command != "stop":
             raise InvalidParameterError(f"unknown command {command!r}; this version knows stop, stats and session.…")
-        found = self._engine.stop(_word(request, "request_id"))
+        request_id = _word(request, "request_id")
+        if not request_id:
+            raise InvalidParameterError("stop needs the request_id that the request to be stopped was sent with")
+        found = self._engine.stop(request_id)
         answer.send(Piece("", finish_reason="stop" if found else "not_found"))
 
     def _session(self, request: Any, command: str) -> dict[str, object]:
@@ -323,6 +339,27 @@ def _decoded(name: str, value: bytes) -> str:
         return value.decode()
     except UnicodeDecodeError as error:
         raise InvalidTextError(f"{name} is not valid UTF-8 at byte {error.start}") from error
+
+
+def _check_wanted(request: Request) -> None:
+    """Before and after work that takes a while.
+
+    Raises:
+        CancelledError, DeadlineExceededError: nobody waits for the answer any more.
+    """
+    assert request.arrived_s is not None
+    if request.is_cancelled():
+        raise CancelledError("the request was stopped")
+    if time.monotonic() >= request.arrived_s + request.parameters.deadline_ms / 1000:
+        raise DeadlineExceededError("the request's deadline passed while its images were encoded")
+
+
+def _end_process() -> None:
+    """Nothing in here can be trusted any more, and Triton would go on saying that it is ready.
+
+    What was sent has left by then: sending waits for Triton to take it.
+    """
+    os._exit(1)
 
 
 def _encode(image: NDArray[np.uint8]) -> Float32:

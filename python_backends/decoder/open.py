@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnxruntime
 import psutil
 from tokenizers import Tokenizer
@@ -19,8 +21,8 @@ FREE_MEMORY_SHARE = 0.7
 """Of the memory that is free at start, what KV caches may grow to; the rest is for steps and the other stages."""
 
 
-def open_engine(manifest: Manifest, config: Config) -> Engine:
-    """Load the decoder that a manifest names and start its engine.
+def open_engine(manifest: Manifest, config: Config, on_failure: Callable[[], None] = lambda: None) -> Engine:
+    """Load the decoder that a manifest names and start its engine; see `Engine` for ``on_failure``.
 
     Raises:
         ArtifactError: a file is missing, corrupt or of another model.
@@ -30,7 +32,7 @@ def open_engine(manifest: Manifest, config: Config) -> Engine:
     limit = _memory_limit(config)
     runtime = open_runtime(manifest, config)
     cache = _open_cache(runtime.kv_layout, manifest, config, int(limit * config.kv_cache_share))
-    return Engine(runtime, tokenizer, config, cache=cache)
+    return Engine(runtime, tokenizer, config, cache=cache, on_failure=on_failure)
 
 
 def _open_cache(layout: KvLayout, manifest: Manifest, config: Config, memory_limit: int) -> KvCache | None:

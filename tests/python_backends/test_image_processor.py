@@ -162,3 +162,20 @@ def test_an_unexpected_failure_reaches_the_client_without_its_traceback(
     assert found.error.code == TritonError.INTERNAL
     assert "secret" not in found.error.message
     assert "a secret" in caplog.text
+
+
+def test_more_pictures_than_may_wait_are_refused_at_once(
+    tmp_path: Path, closed: tuple[threading.Event, Callable[..., UInt8]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, slow = closed
+    monkeypatch.setattr(pixels, "pixels_of", slow)
+    repository = write_repository(tmp_path, settings={"max_batch_size": 1, "max_queue": 2})
+    stage: Any = TritonPythonModel()
+    stage.initialize({"model_repository": str(repository / "image_processor")})
+    *waiting, refused = ask(stage, *[[png(9, 9)]] * 4)
+    assert refused.response().error.message.startswith("overloaded: ")
+    gate.set()
+    assert all(request.response().error is None for request in waiting)
+    (again,) = ask(stage, [png(9, 9)])
+    assert again.response().error is None
+    stage.finalize()

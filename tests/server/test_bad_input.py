@@ -7,6 +7,7 @@ import json
 import struct
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -124,7 +125,56 @@ def test_malformed_http_is_a_client_error(server: Server, client: Client, body: 
     assert client.generate("Hi", max_tokens=1, ignore_eos=True).token_ids
 
 
-def test_parts_of_the_contract_that_are_not_offered_are_refused_by_name(server: Server) -> None:
-    error = refusal(server.addresses.grpc, text_input="Hi", session="mine")
-    assert type(error) is UnsupportedFeatureError
-    assert "session" in error.message
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ({"max_token": 2}, "did you mean 'max_tokens'"),
+        ({"temprature": 0.5}, "did you mean 'temperature'"),
+        ({"colour": "red"}, "inputs are"),
+    ],
+)
+def test_misspelt_inputs_over_http_are_refused_by_name(server: Server, sent: dict[str, Any], said: str) -> None:
+    status, text = curl(f"{server.addresses.http}/v2/models/gemma3/generate", {"text_input": "Hi", **sent})
+    assert status == 400
+    assert said in json.loads(text)["error"]
+
+
+@pytest.mark.parametrize("sent", [{"seed": -1}, {"max_tokens": 2**31}, {"messages": []}, {"max_tokens": 3.7}])
+def test_values_that_triton_cannot_read_are_errors_too(server: Server, client: Client, sent: dict[str, Any]) -> None:
+    status, text = curl(f"{server.addresses.http}/v2/models/gemma3/generate", {"text_input": "Hi", **sent})
+    assert 400 <= status <= 500
+    assert "error" in json.loads(text)
+    assert client.generate("Hi", max_tokens=1, ignore_eos=True).token_ids
+
+
+def test_a_stop_without_an_id_stops_nobody(server: Server, client: Client) -> None:
+    pieces = client.stream("Hi", max_tokens=200, ignore_eos=True)
+    first = next(pieces)
+    status, text = curl(f"{server.addresses.http}/v2/models/decoder/generate", {"command": "stop"})
+    assert status == 400
+    assert "request_id" in json.loads(text)["error"]
+    assert sum(len(one.token_ids) for one in (first, *pieces)) == 200
+
+
+def test_a_flood_of_pictures_is_refused_or_ends_in_time(server: Server) -> None:
+    picture = png(900, 700)
+
+    def ask(_: int) -> str:
+        try:
+            with Client(server.addresses.grpc) as own:
+                own.generate("Hi", images=[picture], deadline_ms=500, max_tokens=2, ignore_eos=True)
+        except WiCoreError as error:
+            return error.code
+        return "answered"
+
+    begin = time.monotonic()
+    with ThreadPoolExecutor(32) as pool:
+        codes = set(pool.map(ask, range(200)))
+    assert codes <= {"answered", "overloaded", "deadline_exceeded"}
+    assert time.monotonic() - begin < 60
+
+
+def test_commands_that_there_are_not_are_refused_with_those_there_are(server: Server) -> None:
+    error = refusal(server.addresses.grpc, text_input="Hi", command="burn")
+    assert type(error) is InvalidParameterError
+    assert "stop, stats and session" in error.message
