@@ -25,7 +25,6 @@ from python_backends.errors import (
     InvalidMessagesError,
     InvalidParameterError,
     InvalidTextError,
-    UnsupportedFeatureError,
     WiCoreError,
 )
 from tests.server.stock import curl, grpc_stream
