@@ -47,11 +47,12 @@ def build(
         ),
     ] = PrecisionChoice.INT8,
     block_size: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="int8, int4: weights per scale, a power of two from 16 on; smaller is finer. 0: per channel."
+            help="int8, int4: weights per scale, a power of two from 16 on; smaller is finer. 0: per channel. "
+            "[default: 32 for int8, 128 for int4]"
         ),
-    ] = 32,
+    ] = None,
     asymmetric: Annotated[
         bool,
         typer.Option("--asymmetric", help="int8, int4: a zero point per block; a little finer, larger and slower."),
@@ -80,7 +81,7 @@ def build(
         from builders.hub import resolve
         from builders.quantize import Precision
 
-        options = Options(Precision(precision.value, block_size, not asymmetric), runtime, max_context)
+        options = Options(Precision.of(precision.value, block_size, not asymmetric), runtime, max_context)
         folder = resolve(checkpoint, revision)
         with contextlib.nullcontext(Silence()) if as_json else Bars() as reporter:
             result = run(folder, repository, options, force=force, reporter=reporter)

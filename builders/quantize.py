@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Self, get_args
 
 import numpy as np
 import onnx
@@ -29,6 +29,11 @@ UInt8 = NDArray[np.uint8]
 
 PrecisionName = Literal["fp32", "fp16", "int8", "int4"]
 PRECISIONS: tuple[PrecisionName, ...] = get_args(PrecisionName)
+
+DEFAULT_BLOCKS = {"int4": 128, "int8": 32}
+"""Block sizes that `wicore build` takes unless told otherwise. In int4 the attention projections have eight bits, and
+with those blocks of 128 are finer than llama.cpp's Q4_0 at fewer bytes; docs/performance.md has the comparison.
+"""
 
 PER_CHANNEL = 0
 """As a block size: one scale per output channel."""
@@ -65,6 +70,11 @@ class Precision:
                 f"block size {self.block} is not a power of two from {_MIN_BLOCK} on; "
                 f"use 32, 64 or 128, or {PER_CHANNEL} for one scale per channel"
             )
+
+    @classmethod
+    def of(cls, name: PrecisionName, block: int | None = None, symmetric: bool = True) -> Self:
+        """A precision, with its own default block size where none is given."""
+        return cls(name, DEFAULT_BLOCKS.get(name, 32) if block is None else block, symmetric)
 
     @property
     def bits(self) -> int:

@@ -57,6 +57,15 @@ def test_json_is_one_object_that_agrees_with_the_manifest(checkpoint: Path, tmp_
     assert json.loads(_run(*arguments, "--force").stdout)["status"] == "built"
 
 
+@pytest.mark.parametrize(("precision", "block"), [("int4", 128), ("int8", 32)])
+def test_each_precision_has_a_block_size_of_its_own(
+    checkpoint: Path, tmp_path: Path, precision: str, block: int
+) -> None:
+    arguments = (checkpoint, "--repository", tmp_path / "repository", "--precision", precision, "--json")
+    assert json.loads(_run(*arguments).stdout)["block_size"] == block
+    assert manifest.load(tmp_path / "repository").block_size == block
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

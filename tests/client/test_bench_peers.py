@@ -108,6 +108,10 @@ def test_settings_follow_a_precision() -> None:
     assert settings == {"prefill_chunk": 256, "name": "value"}
 
 
+def test_a_precision_without_a_block_size_is_what_is_built_by_default() -> None:
+    assert [label(read_label(name)[0]) for name in ("int4", "int8")] == ["int4:128", "int8:32"]
+
+
 @pytest.mark.parametrize("text", ["int5", "int4:big", "int4:32:odd", "int4:33", "int4:32@prefill_chunk"])
 def test_what_is_no_precision_is_refused(text: str) -> None:
     with pytest.raises(BuildError):

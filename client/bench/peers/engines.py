@@ -83,7 +83,7 @@ def read_label(text: str) -> tuple[Precision, dict[str, Any]]:
             f"{text!r} is no precision; write int4:32, int8, int4:128:asymmetric, fp32 or int4:32@key=value"
         )
     settings = {key: int(value) if value.isdigit() else value for key, _, value in pairs}
-    return Precision(name, int(block or 32), not symmetry), settings  # type: ignore[arg-type]
+    return Precision.of(name, int(block) if block else None, not symmetry), settings  # type: ignore[arg-type]
 
 
 def start(setup: Setup, opened: ExitStack, report: Report) -> list[Worker]:
