@@ -21,6 +21,7 @@ from python_backends.kv.tiers.arena import Arena
 from python_backends.kv.tiers.checksum import ALGORITHMS, FASTEST
 from python_backends.kv.tiers.files import SegmentFile, probe_direct_io
 from python_backends.kv.tiers.nvme import NvmeStore
+from python_backends.kv.tiers.records import pages
 from python_backends.runtime.memory import lazy_zeros
 
 BATCH_BYTES = 16 * 2**20
@@ -53,7 +54,7 @@ def measure(folder: Path, plan: Plan) -> dict[str, Any]:
         path = Path(scratch)
         direct = probe_direct_io(path)
         runs = [
-            _measure_shape(path, plan, name, size, direct)
+            _measure_shape(path, plan, name, pages(size), direct)  # plain direct I/O moves whole pages only
             for name, size in (("blocks", plan.block_bytes), ("tails", plan.tail_bytes))
         ]
     return {

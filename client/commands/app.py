@@ -6,7 +6,7 @@ import typer
 
 from builders.cli import build
 from client.commands import ask, chat, demo, keys, serve, stats
-from client.commands.bench import cache, engine, peers, triton
+from client.commands.bench import cache, engine, peers, tiers, triton
 from client.commands.bench import serve as bench_serve
 from client.commands.random_checkpoint import random_checkpoint
 
@@ -32,6 +32,7 @@ benches.command("cache")(cache.cache)
 benches.command("engine")(engine.engine)
 benches.command("serve")(bench_serve.serve)
 benches.command("peers")(peers.peers)
+benches.command("tiers")(tiers.tiers)
 benches.command("triton")(triton.triton)
 app.add_typer(benches, name="bench")
 
