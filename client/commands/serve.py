@@ -45,7 +45,7 @@ def serve(
     gateway_port: Annotated[
         int | None, typer.Option(help="The gateway's port; 0 picks a free one. [default: wicore.json, else 8080]")
     ] = None,
-    drain: Annotated[int, typer.Option(min=0, help="Seconds that answers in flight get after a stop.")] = 5,
+    drain: Annotated[int, typer.Option(min=0, help="Seconds that answers in flight get after a stop.")] = 30,
     restart: Annotated[
         bool, typer.Option("--restart/--no-restart", help="Start again what dies of the server's processes.")
     ] = True,
