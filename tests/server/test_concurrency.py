@@ -53,7 +53,11 @@ def test_text_never_reaches_the_vision_encoder_and_images_are_batched_and_cached
     assert statistics(server, contract.VISION_ENCODER) == before
     asked = [number % 12 for number in range(48)]
     with ThreadPoolExecutor(16) as pool:
-        images = pool.map(lambda number: client.generate("What?", images=[picture(number)], max_tokens=1), asked)
+        # A salt for each: a picture whose KV is held would not come to the encoder at all.
+        images = pool.map(
+            lambda item: client.generate("What?", images=[picture(item[1])], max_tokens=1, cache_salt=str(item[0])),
+            enumerate(asked),
+        )
         texts = pool.map(lambda number: client.generate(f"Hi {number}", max_tokens=1), range(48))
         assert len([*images, *texts]) == 96
     # Triton counts a request a moment after it was answered, and of equal images at once not always each.
