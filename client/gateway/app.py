@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -41,32 +37,6 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-LARGE_BODY = 256 * 2**10
-"""From so many bytes on, a body is parsed on a thread, so that other requests' tokens do not wait for it."""
-
-
-class JsonRequest(Request):
-    """A request whose large bodies do not hold up the event loop."""
-
-    async def json(self) -> Any:
-        """The body, parsed."""
-        body = await self.body()
-        if len(body) < LARGE_BODY:
-            return json.loads(body)
-        return await asyncio.to_thread(json.loads, body)
-
-
-class JsonRoute(APIRoute):
-    """A route that reads its body through `JsonRequest`."""
-
-    def get_route_handler(self) -> Any:
-        """The framework's handler on a `JsonRequest`."""
-        handler = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            return await handler(JsonRequest(request.scope, request.receive))
-
-        return handle
 
 
 class Pages(StaticFiles):
@@ -125,8 +95,10 @@ def create_app(settings: GatewaySettings, lifecycle: Lifecycle | None = None) ->
             Middleware(BodyReader, settings=settings),
         ],
     )
+    # For the document alone: `Protection` asks for the key before anything is read.
+    bearer = Depends(HTTPBearer(auto_error=False, description="Needed where the operator has made API keys."))
     for router in routers():
-        app.include_router(router)
+        app.include_router(router, dependencies=[] if router is health.router else [bearer])
     app.router.default = Pages(directory=WEB, html=True)
     return app
 

@@ -15,12 +15,13 @@ from starlette.responses import JSONResponse, Response
 from client.answer import Answer, AnswersBuilder, Piece
 from client.gateway import answering
 from client.gateway.answering import Ask, EventStream
+from client.gateway.json_route import JsonRoute
 from client.gateway.openai import translate
 from client.gateway.openai.documents import ERRORS, streamed
 from client.gateway.openai.requests import Generation
 from client.gateway.services import Services, ServicesOf
 
-router = APIRouter(prefix="/v1", tags=["wicore"])
+router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["wicore"])
 
 
 class InferenceRequest(Generation):

@@ -13,13 +13,14 @@ from starlette.responses import JSONResponse, Response
 from client.answer import Answer, Piece, Usage
 from client.gateway import answering
 from client.gateway.answering import EventStream
+from client.gateway.json_route import JsonRoute
 from client.gateway.openai import translate
 from client.gateway.openai.documents import ERRORS, streamed
 from client.gateway.openai.requests import ChatRequest
 from client.gateway.openai.responses import ChatChunk, ChatCompletion
 from client.gateway.services import Services, ServicesOf
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["openai"])
 
 
 @router.post("/chat/completions", response_model=ChatCompletion, responses={**ERRORS, 200: streamed(ChatChunk)})

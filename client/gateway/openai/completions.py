@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from client.answer import Answer, Piece, Usage
 from client.gateway import answering
 from client.gateway.answering import Ask, EventStream
+from client.gateway.json_route import JsonRoute
 from client.gateway.openai import translate
 from client.gateway.openai.documents import ERRORS, streamed
 from client.gateway.openai.requests import CompletionRequest
@@ -21,7 +22,7 @@ from client.gateway.openai.responses import TextCompletion
 from client.gateway.services import Services, ServicesOf
 from python_backends.errors import UnsupportedFeatureError
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["openai"])
 
 
 @router.post("/completions", response_model=TextCompletion, responses={**ERRORS, 200: streamed(TextCompletion)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from client.gateway.json_route import JsonRoute
 from client.gateway.openai import translate
 from client.gateway.openai.documents import ERRORS
 from client.gateway.openai.requests import EmbeddingRequest
@@ -11,7 +12,7 @@ from client.gateway.openai.responses import ModelBody, ModelList
 from client.gateway.services import Services, ServicesOf
 from python_backends.errors import UnsupportedFeatureError
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", route_class=JsonRoute, tags=["openai"])
 
 
 @router.get("/models", responses=ERRORS)

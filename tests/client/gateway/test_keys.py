@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from client.commands.app import app
 from client.gateway import keys
+from client.gateway.settings import KEYS_NAME
 from python_backends.errors import AuthenticationError, ConfigError
 
 
@@ -72,3 +74,16 @@ def test_names_are_unique_and_unknown_ones_are_said(path: Path) -> None:
         keys.add(path, "ann")
     with pytest.raises(ConfigError, match="'bob'"):
         keys.remove(path, "bob")
+
+
+def test_the_command_makes_shows_and_takes_away_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def wicore_keys(*arguments: str) -> str:
+        app(["keys", *arguments, "--repository", str(tmp_path)], standalone_mode=False)
+        return capsys.readouterr().out
+
+    key = wicore_keys("add", "ann", "--concurrent", "2").strip()
+    assert keys.KeyRing(tmp_path / KEYS_NAME).check(key).max_concurrent_requests == 2
+    assert wicore_keys("list").split() == ["ann", "concurrent=2"]
+    assert key not in wicore_keys("list", "--json")
+    wicore_keys("remove", "ann")
+    assert wicore_keys("list") == ""

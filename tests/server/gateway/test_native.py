@@ -102,6 +102,7 @@ def test_latencies_are_of_what_the_gateway_answered(http: httpx.Client) -> None:
 
 def test_metrics_count_tokens_as_usage_does(http: httpx.Client) -> None:
     def read() -> dict[str, float]:
+        time.sleep(0.15)  # what the decoder told is used for a tenth of a second
         families = text_string_to_metric_families(http.get("/metrics").text)
         return {
             sample.name + "".join(f",{name}={value}" for name, value in sorted(sample.labels.items())): sample.value
@@ -111,7 +112,6 @@ def test_metrics_count_tokens_as_usage_does(http: httpx.Client) -> None:
 
     before = read()
     answer = http.post("/v1/inference", json={"prompt": "Hi", "max_tokens": 7, "ignore_eos": True}).json()
-    time.sleep(0.15)  # what the decoder told is used for a tenth of a second
     after = read()
 
     def grown(name: str) -> float:
