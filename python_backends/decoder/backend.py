@@ -66,6 +66,8 @@ SCALARS = (
 SESSION_COMMAND = "session."
 """In front of what to do with the KV of a session: show, pin, unpin, prefetch, erase."""
 INPUTS = [tensor.name for tensor in contract.MODELS[contract.ENSEMBLE].inputs]
+LONGEST_NAME = 1024
+"""Characters of a session's name or a salt."""
 ENCODE_THREADS = 16
 """Images that wait for the vision encoder at once, and requests that wait for images; these threads only wait."""
 
@@ -172,6 +174,9 @@ class TritonPythonModel:
         if ids is None:
             raise InvalidParameterError("the decoder needs input_ids (or a command); send prompts to the ensemble")
         starts = triton_io.array(request, "image_starts")
+        for name in ("session", "cache_salt"):
+            if len(_word(request, name)) > LONGEST_NAME:
+                raise InvalidParameterError(f"{name} has at most {LONGEST_NAME} characters")
         if _word(request, "session") and self._engine.cache is None:
             raise UnsupportedFeatureError("session is not offered without the KV cache; set enable_hmt in wicore.json")
         return Request(

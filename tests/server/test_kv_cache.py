@@ -13,6 +13,7 @@ from PIL import Image
 from client import Client
 from client.commands.stats import drawn, read_stats
 from client.server import Server
+from python_backends.errors import InvalidParameterError
 from tests.server.conftest import options_for
 
 SETTINGS = {"enable_hmt": True, "cpu_memory_gb": 2.0, "nvme_memory_gb": 0.5, "kv_block_tokens": 16}
@@ -50,6 +51,8 @@ def test_a_conversation_about_a_picture_is_computed_once(tiered: Path) -> None:
         assert turn.usage.cached_tokens["device"] >= first.usage.prompt_tokens - 1
         salted = client.generate(messages=[message], images=[picture()], max_tokens=12, cache_salt="other")
         assert (salted.text, sum(salted.usage.cached_tokens.values())) == (first.text, 0)
+        with pytest.raises(InvalidParameterError, match="1024 characters"):
+            client.generate("Hi", session="x" * 1025)
         stats = read_stats(server.addresses.grpc)
         assert stats["kv_cache"]["prompt_tokens"]["device"] > 0
         lines = "\n".join(drawn(stats))
