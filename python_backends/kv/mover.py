@@ -47,11 +47,12 @@ class _Worker:
 
 @dataclass(eq=False, slots=True)
 class _Lane:
-    """Invariant: ``stuck`` is the number of written-off workers that have not come back."""
+    """Invariants: ``working`` counts the workers not written off, ``stuck`` the written-off ones still away."""
 
     name: str
     threads: int
     queue: list[tuple[int, int, _Job]] = field(default_factory=list)
+    working: int = 0
     stuck: int = 0
     moves: int = 0
     moved_bytes: int = 0
@@ -94,9 +95,9 @@ class Mover:
         self._open_jobs: set[_Job] = set()
         self._busy = 0
         self._closed = False
-        for lane in self._lanes.values():
-            for _ in range(lane.threads):
-                self._start_worker(lane)
+        with self._changed:
+            for lane in self._lanes.values():
+                self._fill_lane(lane)
         threading.Thread(target=self._watch, name="kv-deadlines", daemon=True).start()
 
     # -- asking ------------------------------------------------------------------------------------------------------
@@ -165,9 +166,11 @@ class Mover:
             self._give_up(job, "closed")
 
     # -- working -----------------------------------------------------------------------------------------------------
-    def _start_worker(self, lane: _Lane) -> None:
-        worker = _Worker(lane)
-        threading.Thread(target=self._work, args=(worker,), name=f"kv-{lane.name}", daemon=True).start()
+    def _fill_lane(self, lane: _Lane) -> None:
+        """Start workers where some are missing, unless too many hang. Under the lock."""
+        while lane.working < lane.threads and lane.stuck <= self._most_stuck and not self._closed:
+            lane.working += 1
+            threading.Thread(target=self._work, args=(_Worker(lane),), name=f"kv-{lane.name}", daemon=True).start()
 
     def _work(self, worker: _Worker) -> None:
         while not worker.written_off:
@@ -183,7 +186,8 @@ class Mover:
             with self._changed:
                 worker.jobs = []
                 if worker.written_off:
-                    worker.lane.stuck -= 1  # its place is taken
+                    worker.lane.stuck -= 1
+                    self._fill_lane(worker.lane)
                 else:
                     self._busy -= 1
                 self._changed.notify_all()
@@ -335,8 +339,8 @@ class Mover:
             if worker.written_off or not worker.jobs:
                 return
             worker.written_off = True
+            worker.lane.working -= 1
             worker.lane.stuck += 1
             self._busy -= 1
-            if not self._closed and worker.lane.stuck <= self._most_stuck:
-                self._start_worker(worker.lane)
+            self._fill_lane(worker.lane)
             self._changed.notify_all()

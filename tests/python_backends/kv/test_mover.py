@@ -35,6 +35,13 @@ class Tiers:
             store.close()
 
 
+def wait_until(condition):
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def tiers(tmp_path):
     found = Tiers(tmp_path)
@@ -93,10 +100,7 @@ def test_a_read_that_hangs_is_a_miss_at_its_deadline_and_others_go_on(tiers):
     assert tiers.mover.stats()["lanes"]["read"]["stuck"] == 1
     tiers.medium.hang.set()
     assert tiers.submit(keys[1], "nvme", "host", deadline_s=5).result(5) is None
-    deadline = time.monotonic() + 5
-    while tiers.mover.stats()["lanes"]["read"]["stuck"] and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert tiers.mover.stats()["lanes"]["read"]["stuck"] == 0
+    wait_until(lambda: tiers.mover.stats()["lanes"]["read"]["stuck"] == 0)
     assert all(read(tiers.stores["host"], key) is True for key in keys[:2])
     tiers.stores["host"].check_integrity()
     assert tiers.stores["host"].stats().used_bytes == 2 * 3008
@@ -108,17 +112,18 @@ def test_a_medium_that_hangs_for_good_stops_at_a_few_threads_and_refuses_at_once
     write(tiers.stores["nvme"], *keys)
     tiers.medium.hang.clear()
     before = threading.active_count()
-    for key in keys[:2]:
-        assert tiers.submit(key, "nvme", "host", deadline_s=0.1).exception(5).reason == "late"
+    for number, key in enumerate(keys[:3]):  # of a priority each, so that none joins another's batch
+        tiers.submit(key, "nvme", "host", deadline_s=0.2 * (number + 1), priority=number)
+    for _ in range(3):
+        assert tiers.medium.hung.acquire(timeout=5)
+    wait_until(lambda: tiers.mover.stats()["lanes"]["read"]["stuck"] == 3)
     began = time.monotonic()
     error = tiers.submit(keys[3], "nvme", "host", deadline_s=60).exception(5)
     assert (type(error), error.reason) == (TierIoError, "hung")
     assert time.monotonic() - began < 1
     assert threading.active_count() <= before + 2
     tiers.medium.hang.set()
-    deadline = time.monotonic() + 5
-    while tiers.mover.stats()["lanes"]["read"]["stuck"] and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: tiers.mover.stats()["lanes"]["read"]["stuck"] == 0)
     assert tiers.submit(keys[4], "nvme", "host").result(5) is None
     tiers.close()
 
