@@ -8,13 +8,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
+from tritonclient.grpc import service_pb2_grpc
 
 from builders.demo.evaluate import evaluate_batches, sample_picture
 from client import AsyncClient, Client
+from client.answer import read_piece
 from client.commands.demo import server_answerer
+from client.request import infer_request
 from client.server import Server
+from python_backends import contract
 from python_backends.errors import ServerUnavailableError
 from tests.server.conftest import options_for
 
@@ -92,3 +97,14 @@ def test_a_stream_ends_with_an_error_when_a_stage_is_killed(repository: Path) ->
         server.stop()
         with pytest.raises(ServerUnavailableError):
             list(pieces)
+
+
+def test_a_cancelled_call_straight_to_the_decoder_frees_its_slot(server: Server, client: Client) -> None:
+    values = {"input_ids": list(range(300, 330)), "stream": True, "request_id": "direct", **LONG}
+    request = infer_request(contract.MODELS[contract.DECODER], values, "direct")
+    with grpc.insecure_channel(server.addresses.grpc) as channel:
+        call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([request]))
+        assert read_piece(next(call))
+        call.cancel()
+        time.sleep(0.5)
+        assert not client.stop("direct"), "the request still runs"
