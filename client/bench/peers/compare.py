@@ -24,6 +24,9 @@ FIRST_WORD = 512
 TRIAL_PROMPT, TRIAL_PREFILL, TRIAL_TOKENS = 16, 128, 8
 """Tokens of a prompt before decoding, of a prefill, and drawn, to find out which variant of an engine is fastest."""
 
+HOPELESS = 0.5
+"""A variant that computes prompts at less than this share of another's speed is not tried any further."""
+
 Logits = NDArray[np.float32]
 
 
@@ -95,12 +98,13 @@ def _choose(worker: Worker, plan: Plan, prompts: Mapping[str, list[Prompt]], rep
         worker.call("use", variant=variant)
         worker.call("prefill", prompt=trial)
         seconds = worker.call("prefill", prompt=trial)
-        speeds = {"prefill": len(trial) / seconds}
+        trials[variant] = speeds = {"prefill": len(trial) / seconds}
+        if speeds["prefill"] < HOPELESS * max(each["prefill"] for each in trials.values()):
+            continue
         for batch in plan.batches:
             steps = worker.call("decode", prompts=short[:batch], tokens=TRIAL_TOKENS)
             speeds[str(batch)] = batch / statistics.median(steps)
-        trials[variant] = speeds
-    best = {work: _fastest(trials, work) for work in next(iter(trials.values()))}
+    best = {work: _fastest(trials, work) for work in ("prefill", *map(str, plan.batches))}
     worker.call("keep", variants=sorted(set(best.values())))
     worker.call("use", variant=best["prefill"])
     worker.call("prefill", prompt=whole)
@@ -108,7 +112,7 @@ def _choose(worker: Worker, plan: Plan, prompts: Mapping[str, list[Prompt]], rep
 
 
 def _fastest(trials: Mapping[str, Mapping[str, float]], work: str) -> str:
-    return max(trials, key=lambda name: trials[name][work])
+    return max(trials, key=lambda name: trials[name].get(work, 0.0))
 
 
 def _times(
