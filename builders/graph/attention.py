@@ -17,6 +17,7 @@ from onnx import TensorProto
 
 from builders.checkpoint import TextConfig
 from builders.graph.writer import CONTRIB, GraphWriter, Value
+from python_backends.errors import BuildError
 
 _MAX_SCORES = 2**24
 """Attention scores held at once by an image branch (64 MB)."""
@@ -76,6 +77,8 @@ class ContribAttention:
         longest = graph.op("Max", graph.op("ReduceMax", length, keepdims=1), chunk)
         self._bound = graph.op("Squeeze", longest)
         self._images = self._image_context(chunk) if images else None
+        if "global" not in config.layer_types:
+            raise BuildError("no layer of this model sees the whole context; keep at least the first six of a cut one")
         global_layers = [layer for layer, kind in enumerate(config.layer_types) if kind == "global"]
         self._observed = global_layers[len(global_layers) // 2]
 

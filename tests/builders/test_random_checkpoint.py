@@ -14,8 +14,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
+from builders.build import Options, build
 from builders.checkpoint import expected_shapes, open_checkpoint
 from builders.model_config import read_model_config
+from builders.quantize import Precision
 from builders.random_checkpoint import (
     SHAPES,
     WORDS_FROM,
@@ -119,3 +121,9 @@ def test_pictures_have_their_tokens_where_the_published_models_have_them(tmp_pat
         [], [b'[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}]'], [buffer.getvalue()]
     )
     assert (found.input_ids == 262_144).sum() == 256
+
+
+def test_a_cut_without_a_layer_that_sees_everything_is_refused_by_the_build(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "cut", "tiny", 5)
+    with pytest.raises(BuildError, match="keep at least the first six"):
+        build(tmp_path / "cut", tmp_path / "repository", Options(Precision("int8")))
