@@ -19,10 +19,13 @@ def resolve(source: str, revision: str | None = None) -> Path:
     An existing folder wins. A download that was interrupted is resumed; one that is complete is found offline.
 
     Raises:
-        BuildError: neither a folder nor a hub id, or a download that fails: unknown, gated, offline.
+        BuildError: neither a folder nor a hub id, a revision of a folder, or a download that fails: unknown, gated,
+            offline.
     """
     folder = Path(source).expanduser()
     if folder.exists():
+        if revision is not None:
+            raise BuildError(f"{source} is a folder here, which has no revisions; leave --revision out")
         return folder
     if not _HUB_ID.fullmatch(source) or source.startswith("."):
         raise BuildError(

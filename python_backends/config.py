@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -121,7 +122,7 @@ class Config:
                     raise ConfigError(f"{field.name} is {value}; it must be above 0 and at most 1")
                 continue
             low = 0 if field.name in MAY_BE_ZERO else 1
-            if value < low:
+            if not low <= value < math.inf:  # also true for NaN
                 raise ConfigError(f"{field.name} is {value}; it must be at least {low}")
 
 

@@ -98,7 +98,7 @@ class Parameters:
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # also false for NaN
         bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise InvalidParameterError(f"{name} is {value:g}; it must be {bound}")
+        raise InvalidParameterError(f"{name} is {value}; it must be {bound}")
 
 
 def read_logit_bias(text: str) -> tuple[tuple[int, float], ...]:

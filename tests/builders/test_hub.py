@@ -139,6 +139,8 @@ def test_an_existing_folder_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "org" / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert resolve("org/tiny") == Path("org/tiny")
+    with pytest.raises(BuildError, match="leave --revision out"):
+        resolve("org/tiny", "main")
 
 
 @pytest.mark.parametrize("source", ["missing", "./org/tiny", "/a/b", "a/b/c", "org/", "org/ty ny"])
