@@ -42,10 +42,11 @@ class Shell:
         if not (ROOT / ".venv/bin/activate").exists():
             (folder / ".venv").unlink()
             (folder / ".venv").symlink_to(sys.prefix)
-        self.http, self.grpc = free_port(), free_port()
+        self.http, self.grpc, self.gateway = free_port(), free_port(), free_port()
 
     def here(self, command: str) -> str:
-        return command.replace("8000", str(self.http)).replace("8001", str(self.grpc))
+        ports = {"8000": self.http, "8001": self.grpc, "8080": self.gateway}
+        return re.sub(r"\b80(00|01|80)\b", lambda found: str(ports[found[0]]), command)
 
     def environment(self) -> dict[str, str]:
         extra = {
@@ -88,10 +89,14 @@ class Shell:
                     os.killpg(process.pid, signal.SIGKILL)
 
     def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
+        self.wait_for(f"http://localhost:{self.http}/v2/health/ready", process)
+
+    def wait_for(self, url: str, process: subprocess.Popen[bytes] | None = None) -> None:
+        """Until it is answered with 200."""
         end = time.monotonic() + START_S
         while time.monotonic() < end:
-            assert process.poll() is None, "the server ended"
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://localhost:{self.http}/v2/health/ready"):
+            assert process is None or process.poll() is None, "the server ended"
+            with contextlib.suppress(OSError), urllib.request.urlopen(url):
                 return
             time.sleep(0.2)
         raise AssertionError("the server was not ready in time")
@@ -118,10 +123,12 @@ def test_serving_asking_curl_and_python(tmp_path):
     *before, server = serve.strip().splitlines()
     shell.run("\n".join(before))
     activate = before[0]
-    with shell.background(f"{activate}\nexec {server} --metrics-port 0 --gateway-port 0"):
+    with shell.background(f"{activate}\nexec {server} --metrics-port 0 --gateway-port 8080"):
+        shell.wait_for(f"http://localhost:{shell.gateway}/health/ready")
         assert len(shell.run(f"{activate}\n{ask}").splitlines()) > 3
         answered = shell.run(curl)
         assert answered.count('"text_output"') > 1
+        assert '"object":"chat.completion"' in answered.replace(" ", "")
         (script,) = blocks("README.md", "python")
         done = subprocess.run(
             [sys.executable, "-c", shell.here(script)], cwd=tmp_path, capture_output=True, text=True, check=True
@@ -131,4 +138,4 @@ def test_serving_asking_curl_and_python(tmp_path):
     *before, server = plain.strip().splitlines()
     ports = f"--http-port {shell.http} --grpc-port {shell.grpc} --metrics-port {free_port()}"
     with shell.background("\n".join([activate, *before, f"exec {server} {ports}"])):
-        assert '"text_output"' in shell.run(curl)
+        assert '"text_output"' in shell.run(curl.partition("curl -s localhost:8080")[0])  # no gateway here
