@@ -140,7 +140,7 @@ def image_message(data: bytes | str) -> dict[str, Any]:
         ({**LONG, "messages": [{"role": "user", "content": "\ud800"}]}, "invalid_text"),
         ({**LONG, "seed": 10**40}, "422"),
         ({**LONG, "max_tokens": 2**70}, "invalid_parameter"),
-        ({**LONG, "session": "x" * 10**6}, "unsupported"),
+        ({**LONG, "session": "x" * 10**6}, "invalid_parameter"),
     ],
 )
 def test_what_is_harmful_is_refused_by_name(http: httpx.Client, body: dict[str, Any], code: str) -> None:

@@ -92,7 +92,7 @@ def wicore_serve(repository: Path, *more: str) -> Iterator[tuple[subprocess.Pope
         finally:
             if process.poll() is None:
                 process.terminate()
-            process.wait(30)
+            process.wait(60)
 
 
 def wait_until_ready(address: str, timeout_s: float = RECOVERY_S) -> float:
@@ -123,6 +123,7 @@ def last_event(address: str, after_first: Callable[[], object]) -> dict[str, Any
 
 
 def test_whatever_is_killed_serves_again_and_the_end_leaves_nothing(repository: Path) -> None:
+    before = set(left_by(repository))
     with wicore_serve(repository) as (process, first):
         address = first["gateway"]
         os.kill(first["gateway_pid"], signal.SIGKILL)
@@ -138,8 +139,8 @@ def test_whatever_is_killed_serves_again_and_the_end_leaves_nothing(repository: 
         assert lines[1]["pid"] != first["pid"]
         assert [line["gateway"] for line in lines] == [address, address]
         process.terminate()
-        assert process.wait(30) == 128 + signal.SIGTERM
-    assert not [line for line in left_by(repository) if "pytest" not in line]
+        assert process.wait(60) == 128 + signal.SIGTERM  # the drain may take its 30 s
+    assert set(left_by(repository)) <= before
 
 
 def test_without_the_gateway_triton_serves_alone(repository: Path) -> None:
