@@ -28,8 +28,6 @@ class Tensor:
     dtype: TritonType
     dims: tuple[int, ...] = (1,)
     optional: bool = False
-    implemented: bool = True
-    """False: declared so that clients see the whole contract; any value but the default is refused by name."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class Model:
         return next(tensor for tensor in self.inputs if tensor.name == name)
 
 
-def _optional(name: str, dtype: TritonType, dims: tuple[int, ...] = (1,), *, implemented: bool = True) -> Tensor:
-    return Tensor(name, dtype, dims, optional=True, implemented=implemented)
+def _optional(name: str, dtype: TritonType, dims: tuple[int, ...] = (1,)) -> Tensor:
+    return Tensor(name, dtype, dims, optional=True)
 
 
 # Both sides of a tool call: the prompt describes the functions, the decoder finds the calls.

@@ -41,7 +41,6 @@ class TritonPythonModel:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _answer(self, request: Any) -> dict[str, triton_io.Value]:
-        triton_io.refuse_unimplemented(request, MODEL)
         prompt = self._tokenizer(*(triton_io.text(request, name) for name in INPUTS))
         return {
             contract.INPUT_IDS.name: prompt.input_ids,

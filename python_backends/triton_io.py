@@ -19,7 +19,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from python_backends.contract import Model, Tensor, TritonType
-from python_backends.errors import InternalError, InvalidParameterError, UnsupportedFeatureError, WiCoreError
+from python_backends.errors import InternalError, InvalidParameterError, WiCoreError
 
 log = logging.getLogger("wicore")
 
@@ -75,20 +75,6 @@ def text(request: Any, name: str) -> list[bytes]:
     """A BYTES input as a list; empty where the request left it out."""
     values = array(request, name)
     return [] if values is None else [bytes(value) for value in values.reshape(-1)]
-
-
-def refuse_unimplemented(request: Any, model: Model) -> None:
-    """Refuse by name the parts of the contract that are declared but not offered yet.
-
-    Raises:
-        UnsupportedFeatureError: such an input is present and not zero or empty.
-    """
-    for tensor in model.inputs:
-        if tensor.implemented:
-            continue
-        values = array(request, tensor.name)
-        if values is not None and any(bool(value) for value in values.reshape(-1)):
-            raise UnsupportedFeatureError(f"{tensor.name} is not offered by this version; leave it out")
 
 
 def refuse_parameters(request: Any, names: Sequence[str]) -> None:

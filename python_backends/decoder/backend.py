@@ -120,7 +120,6 @@ class TritonPythonModel:
             return None
 
     def _start(self, request: Any, answer: Answer) -> None:
-        triton_io.refuse_unimplemented(request, MODEL)
         triton_io.refuse_parameters(request, INPUTS)
         if triton_io.text(request, "command"):
             self._command(request, answer)
@@ -150,8 +149,8 @@ class TritonPythonModel:
         """The request with the embeddings of those images whose KV is not cached."""
         if len(pixels) != len(request.image_starts):
             raise ImageCountError(f"the prompt has places for {len(request.image_starts)} images, not {len(pixels)}")
-        hashes = [content_hash(image.tobytes()) for image in pixels]
-        request = dataclasses.replace(request, image_hashes=hashes)
+        if self._engine.cache is not None:
+            request = dataclasses.replace(request, image_hashes=[content_hash(image.tobytes()) for image in pixels])
         hit = self._engine.look_up(request)
         known = 0 if hit is None else sum(start < hit.length for start in request.image_starts)
         try:

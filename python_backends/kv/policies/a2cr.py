@@ -14,8 +14,8 @@ import heapq
 import math
 from collections.abc import Generator
 
-from python_backends.errors import InternalError
 from python_backends.kv.policies.base import BlockStats
+from python_backends.kv.policies.leaves import Leaves
 from python_backends.kv.policies.reuse import BINS, EDGES, ReuseModel, age_bin
 
 _EDGES: list[float] = EDGES.tolist()
@@ -27,7 +27,7 @@ Item = tuple[float, int, float, int, BlockStats]
 """Worth, minus position, time of the newest visit, number, entry."""
 
 
-class A2CR:
+class A2CR(Leaves):
     """See the module. Leaves lie in a heap by worth, which changes only when an entry's age passes into the next bin of
     the model, when it is used, or when the model has learned; a second heap tells when the first happens.
     """
@@ -35,14 +35,12 @@ class A2CR:
     name = "a2cr"
 
     def __init__(self, reuse: ReuseModel, decay_factor: float) -> None:
+        super().__init__()
         self._reuse = reuse
         self._decay = decay_factor
         self._fits = reuse.fits
-        self._fresh: dict[BlockStats, None] = {}
-        self._scored: dict[BlockStats, int] = {}
         self._heap: list[Item] = []
         self._changes: list[tuple[float, int, BlockStats]] = []
-        self._sequence = 0
         self._exposed: BlockStats | None = None
         """The newest leaf by `on_expose`."""
 
@@ -55,27 +53,9 @@ class A2CR:
             worth *= mass ** (MASS_EXPONENT * math.exp(-self._decay * age))
         return worth
 
-    def on_insert(self, entry: BlockStats, now: float) -> None:
-        """See `Policy`."""
-        self._fresh[entry] = None
-
-    def on_access(self, entry: BlockStats, now: float) -> None:
-        """See `Policy`."""
-        if self._scored.pop(entry, None) is not None:
-            self._fresh[entry] = None
-
-    def on_remove(self, entry: BlockStats, now: float, *, evicted: bool) -> None:
-        """See `Policy`."""
-        self.on_shield(entry)
-
-    def on_shield(self, entry: BlockStats) -> None:
-        """See `Policy`."""
-        if self._scored.pop(entry, None) is None:
-            self._fresh.pop(entry, None)
-
     def on_expose(self, entry: BlockStats, now: float) -> None:
         """See `Policy`."""
-        self._fresh[entry] = None
+        super().on_expose(entry, now)
         self._exposed = entry
 
     def victims(self, now: float) -> Generator[BlockStats]:
@@ -142,8 +122,4 @@ class A2CR:
 
     def check_integrity(self, entries: set[BlockStats], leaves: set[BlockStats]) -> None:
         """See `Policy`."""
-        if self._fresh.keys() | self._scored.keys() != leaves or self._fresh.keys() & self._scored.keys():
-            raise InternalError(f"a2cr: {len(self._fresh)} + {len(self._scored)} leaves, {len(leaves)} in the tier")
-        live = [item[3] for item in self._heap if self._scored.get(item[4]) == item[3]]
-        if sorted(live) != sorted(self._scored.values()):
-            raise InternalError(f"a2cr: {len(self._scored)} scored leaves, {len(live)} in the heap")
+        self._check(self.name, leaves, ((item[3], item[4]) for item in self._heap))

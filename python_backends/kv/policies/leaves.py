@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 
 from python_backends.errors import InternalError
 from python_backends.kv.policies.base import BlockStats
@@ -12,8 +12,8 @@ from python_backends.kv.policies.base import BlockStats
 Score = tuple[float, ...]
 
 
-class LeafHeap(ABC):
-    """Keeps leaves by `score`, which is asked for when a victim is wanted and the leaf changed since.
+class Leaves:
+    """Which leaves must be scored before the next victim and which have a place in a heap.
 
     An entry costs a dictionary operation when it comes, goes or is used; a heap operation only when it may be evicted.
     Every leaf is in `_fresh` (to be scored) or in `_scored` (its place in the heap by sequence number), never in both;
@@ -23,23 +23,7 @@ class LeafHeap(ABC):
     def __init__(self) -> None:
         self._fresh: dict[BlockStats, None] = {}
         self._scored: dict[BlockStats, int] = {}
-        self._heap: list[tuple[Score, int, BlockStats]] = []
         self._sequence = 0
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """As in the configuration."""
-
-    @abstractmethod
-    def score(self, entry: BlockStats, now: float) -> Score:
-        """The lowest leaves first. May only change by an access, or where the policy asks for `rescore`."""
-
-    def rescore(self) -> None:
-        """Ask for every score anew, before the next victim."""
-        self._fresh.update(dict.fromkeys(self._scored))
-        self._scored.clear()
-        self._heap.clear()
 
     def on_insert(self, entry: BlockStats, now: float) -> None:
         """See `Policy`."""
@@ -62,6 +46,37 @@ class LeafHeap(ABC):
     def on_expose(self, entry: BlockStats, now: float) -> None:
         """See `Policy`."""
         self._fresh[entry] = None
+
+    def _check(self, name: str, leaves: set[BlockStats], heap: Iterable[tuple[int, BlockStats]]) -> None:
+        """Raise InternalError where the leaves or the numbers in the heap are not those there should be."""
+        if self._fresh.keys() | self._scored.keys() != leaves or self._fresh.keys() & self._scored.keys():
+            raise InternalError(f"{name}: {len(self._fresh)} + {len(self._scored)} leaves, {len(leaves)} in the tier")
+        live = [number for number, entry in heap if self._scored.get(entry) == number]
+        if sorted(live) != sorted(self._scored.values()):
+            raise InternalError(f"{name}: {len(self._scored)} scored leaves, {len(live)} in the heap")
+
+
+class LeafHeap(Leaves, ABC):
+    """Keeps leaves by `score`, which is asked for when a victim is wanted and the leaf changed since."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heap: list[tuple[Score, int, BlockStats]] = []
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As in the configuration."""
+
+    @abstractmethod
+    def score(self, entry: BlockStats, now: float) -> Score:
+        """The lowest leaves first. May only change by an access, or where the policy asks for `rescore`."""
+
+    def rescore(self) -> None:
+        """Ask for every score anew, before the next victim."""
+        self._fresh.update(dict.fromkeys(self._scored))
+        self._scored.clear()
+        self._heap.clear()
 
     def victims(self, now: float) -> Generator[BlockStats]:
         """See `Policy`."""
@@ -91,12 +106,7 @@ class LeafHeap(ABC):
 
     def check_integrity(self, entries: set[BlockStats], leaves: set[BlockStats]) -> None:
         """See `Policy`."""
-        known = self._fresh.keys() | self._scored.keys()
-        if known != leaves or self._fresh.keys() & self._scored.keys():
-            raise InternalError(f"{self.name}: {len(known)} leaves in the heap, {len(leaves)} in the tier")
-        live = [number for _, number, entry in self._heap if self._scored.get(entry) == number]
-        if sorted(live) != sorted(self._scored.values()):
-            raise InternalError(f"{self.name}: {len(self._scored)} scored leaves, {len(live)} in the heap")
+        self._check(self.name, leaves, ((number, entry) for _, number, entry in self._heap))
 
 
 class LRU(LeafHeap):
