@@ -9,12 +9,15 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from python_backends.errors import InternalError
-from python_backends.runtime.gpu.launch import ALIGNMENT, DTYPES, Launch, Tensor
+from python_backends.runtime.gpu.launch import ALIGNMENT, DTYPES, Launch, Operation, Piece, Tensor
 
 _KERNELS = "python_backends.runtime.gpu.kernels"
 
@@ -22,9 +25,15 @@ _KERNELS = "python_backends.runtime.gpu.kernels"
 class InterpreterDevice:
     """A `Device` whose memory is the process's own and whose kernels are interpreted."""
 
-    def __init__(self) -> None:
+    def __init__(self, capability: int = 90) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
-        self._memory: list[np.ndarray[Any, Any]] = []
+        self._capability = capability
+        self._memory: list[NDArray[Any]] = []
+
+    @property
+    def capability(self) -> int:
+        """See `Device.capability`."""
+        return self._capability
 
     def allocate(self, dtype: str, *shape: int) -> Tensor:
         """See `Device.allocate`. Filled with a pattern that reads as NaN, so that nothing relies on zeros."""
@@ -35,7 +44,7 @@ class InterpreterDevice:
         return Tensor(start + -start % ALIGNMENT, dtype, shape)
 
     def launch(self, launch: Launch) -> None:
-        """See `Device.launch`."""
+        """Run one kernel."""
         module, _, name = launch.kernel.rpartition(".")
         kernel = getattr(importlib.import_module(f"{_KERNELS}.{module}"), name)
         if type(kernel).__name__ != "InterpretedFunction":
@@ -43,19 +52,68 @@ class InterpreterDevice:
         args = [_argument(arg) for arg in launch.args]
         kernel[launch.grid](*args, **launch.constants)
 
-    def write(self, tensor: Tensor, values: np.ndarray[Any, Any]) -> None:
+    def record(self, steps: Sequence[Launch | Operation]) -> Replay:
+        """See `Device.record`."""
+        return Replay(self, tuple(steps))
+
+    def write(self, tensor: Tensor, values: NDArray[Any]) -> None:
         """See `Device.write`."""
         host_view(tensor)[...] = values.reshape(tensor.shape)
 
-    def read(self, tensor: Tensor) -> np.ndarray[Any, Any]:
+    def read(self, tensor: Tensor, into: NDArray[Any] | None = None) -> NDArray[Any]:
         """See `Device.read`."""
-        return host_view(tensor).copy()
+        if into is None:
+            return host_view(tensor).copy()
+        into[...] = host_view(tensor).reshape(into.shape)
+        return into
+
+    def fill_zero(self, tensor: Tensor) -> None:
+        """See `Device.fill_zero`."""
+        ctypes.memset(tensor.address, 0, tensor.num_bytes)
+
+    def copy_out(self, piece: Piece, into: memoryview) -> None:
+        """See `Device.copy_out`."""
+        np.frombuffer(into, np.uint8).reshape(piece.height, piece.width)[...] = _runs(piece)
+
+    def copy_in(self, piece: Piece, payload: memoryview) -> None:
+        """See `Device.copy_in`."""
+        _runs(piece)[...] = np.frombuffer(payload, np.uint8).reshape(piece.height, piece.width)
+
+    def synchronize(self) -> None:
+        """See `Device.synchronize`: nothing is ever pending."""
+
+    def close(self) -> None:
+        """See `Device.close`."""
+        self._memory.clear()
 
 
-def host_view(tensor: Tensor) -> np.ndarray[Any, Any]:
+@dataclass(frozen=True)
+class Replay:
+    """`Recording` of an `InterpreterDevice`."""
+
+    device: InterpreterDevice
+    steps: tuple[Launch | Operation, ...]
+
+    def replay(self) -> None:
+        """See `Recording.replay`."""
+        for step in self.steps:
+            if isinstance(step, Launch):
+                self.device.launch(step)
+            else:
+                step.issue(0)
+
+
+def host_view(tensor: Tensor) -> NDArray[Any]:
     """The elements of a tensor that lies in this process's memory."""
     raw = (ctypes.c_uint8 * tensor.num_bytes).from_address(tensor.address)
     return np.frombuffer(raw, DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def _runs(piece: Piece) -> NDArray[np.uint8]:
+    """The runs [height, width] of a piece, as they lie."""
+    length = piece.pitch * (piece.height - 1) + piece.width
+    flat = np.frombuffer((ctypes.c_uint8 * length).from_address(piece.address), np.uint8)
+    return np.lib.stride_tricks.as_strided(flat, (piece.height, piece.width), (piece.pitch, 1))
 
 
 def _argument(arg: Any) -> Any:
@@ -66,10 +124,5 @@ def _argument(arg: Any) -> Any:
 
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8e4nv": "float8_e4m3fn"}
     names |= {"i8": "int8", "u8": "uint8", "i32": "int32", "i64": "int64"}
-    raw = (ctypes.c_uint8 * tensor_bytes(arg)).from_address(arg.address)
+    raw = (ctypes.c_uint8 * max(arg.num_bytes, 1)).from_address(arg.address)
     return torch.frombuffer(raw, dtype=torch.uint8).view(getattr(torch, names[arg.dtype])).reshape(arg.shape)
-
-
-def tensor_bytes(tensor: Tensor) -> int:
-    """Bytes, at least one: an empty tensor still has an address."""
-    return max(tensor.num_bytes, DTYPES[tensor.dtype].itemsize)

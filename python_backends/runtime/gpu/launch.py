@@ -7,12 +7,13 @@ interpreter device runs the same source on the CPU, so that whole steps are test
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
@@ -76,21 +77,81 @@ class Launch:
     num_stages: int = 2
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Equal runs of bytes in device memory, ``pitch`` apart, which leave it as one run after the other."""
+
+    address: int
+    width: int
+    pitch: int
+    height: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that move."""
+        return self.width * self.height
+
+
+class Operation(Protocol):
+    """Something else than a kernel that a device issues in order, a plan for instance."""
+
+    def issue(self, stream: int) -> None:
+        """Enqueue it on a stream, given as the driver's handle."""
+        ...
+
+
+class Recording(Protocol):
+    """Launches that were recorded once and run again and again with the same arguments."""
+
+    def replay(self) -> None:
+        """Issue them all."""
+        ...
+
+
 class Device(Protocol):
     """Where launches run, in the order in which they are issued."""
 
+    @property
+    def capability(self) -> int:
+        """Compute capability, 89 for 8.9; what kernels choose their sizes by."""
+        ...
+
     def allocate(self, dtype: str, *shape: int) -> Tensor:
-        """Uninitialised memory, `ALIGNMENT` aligned, kept until the device is closed."""
+        """Uninitialised memory, `ALIGNMENT` aligned, kept until the device is closed.
+
+        Raises:
+            ConfigError: no such memory is left.
+        """
         ...
 
-    def launch(self, launch: Launch) -> None:
-        """Issue a kernel."""
+    def record(self, steps: Sequence[Launch | Operation]) -> Recording:
+        """Prepare steps to be issued many times."""
         ...
 
-    def write(self, tensor: Tensor, values: np.ndarray[Any, Any]) -> None:
-        """Copy host values of the same size in bytes into device memory; on return they may be reused."""
+    def write(self, tensor: Tensor, values: NDArray[Any]) -> None:
+        """Copy host values of the same size in bytes into device memory, in order; on return they may be reused."""
         ...
 
-    def read(self, tensor: Tensor) -> np.ndarray[Any, Any]:
-        """A host copy, after everything issued before."""
+    def read(self, tensor: Tensor, into: NDArray[Any] | None = None) -> NDArray[Any]:
+        """A host copy (in ``into`` where given), after everything issued before."""
+        ...
+
+    def fill_zero(self, tensor: Tensor) -> None:
+        """Zero every byte."""
+        ...
+
+    def copy_out(self, piece: Piece, into: memoryview) -> None:
+        """Start to copy a piece to the host; done after `synchronize`."""
+        ...
+
+    def copy_in(self, piece: Piece, payload: memoryview) -> None:
+        """Start to copy a piece from the host; done after `synchronize`."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for everything issued before."""
+        ...
+
+    def close(self) -> None:
+        """Free every allocation."""
         ...
