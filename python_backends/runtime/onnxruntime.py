@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from python_backends.errors import ArtifactError, InternalError
 from python_backends.manifest import ModelShape
 from python_backends.runtime.base import DecoderSpec, Float32, KvLayout, SlotState, StepInputs, StepOutputs, UInt8
+from python_backends.runtime.checks import check_step
 from python_backends.runtime.kernels import accelerate
 from python_backends.runtime.memory import plan_slots
 from python_backends.runtime.rows import join_rows, single_row
@@ -114,7 +115,7 @@ class OnnxRuntimeDecoder:
         Raises:
             InternalError: rows or tokens beyond the caches, images in a text-only model, or a failure of the backend.
         """
-        self._check(inputs)
+        check_step(inputs, self._spec, takes_images=self._takes_images)
         rows, length = inputs.input_ids.shape
         # The operator wants room for the padding too (an idle row counts as one of past length 1). Near the end of a
         # context rows go one by one, unpadded.
@@ -176,23 +177,6 @@ class OnnxRuntimeDecoder:
         self._bindings.clear()
         self._slots.buffers.clear()
         del self._session
-
-    def _check(self, inputs: StepInputs) -> None:
-        rows, length = inputs.input_ids.shape
-        last = inputs.first_slot + rows
-        if not (0 <= inputs.first_slot < last <= self._spec.num_slots):
-            raise InternalError(f"slots {inputs.first_slot}…{last - 1} of {self._spec.num_slots}")
-        if bool((inputs.query_len > length).any() or (inputs.query_len < 0).any() or (inputs.past_len < 0).any()):
-            raise InternalError(f"query_len {inputs.query_len.tolist()} in a chunk of {length} tokens")
-        if int((inputs.past_len + inputs.query_len).max()) > self._spec.max_context_length:
-            raise InternalError(f"a step beyond the context of {self._spec.max_context_length} tokens")
-        if inputs.image_index is not None and not self._takes_images:
-            raise InternalError("image embeddings for a text-only decoder")
-        if not 0 <= inputs.top_n <= self._spec.vocab_size:
-            raise InternalError(f"top_n {inputs.top_n} of {self._spec.vocab_size} tokens")
-        words = -(-self._spec.vocab_size // 32)
-        if inputs.token_mask is not None and inputs.token_mask.shape != (*inputs.logit_positions.shape, words):
-            raise InternalError(f"token_mask {list(inputs.token_mask.shape)}; wanted {words} words per position")
 
     def _run(self, inputs: StepInputs, want_logits: bool) -> StepOutputs:
         rows, wanted = inputs.logit_positions.shape

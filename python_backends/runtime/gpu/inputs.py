@@ -54,6 +54,11 @@ class Bucket:
         return self.rows * self.wanted
 
     @property
+    def body(self) -> Bucket:
+        """What the layers depend on."""
+        return Bucket(self.rows, self.positions, 1, images=self.images, mass=self.mass)
+
+    @property
     def is_decode(self) -> bool:
         """Whether the decode kernels take it."""
         return self.positions <= DECODE_POSITIONS
@@ -99,7 +104,10 @@ class Field:
 
 
 class StepLayout:
-    """Where each array of a bucket's steps lies."""
+    """Where each array of a bucket's steps lies: first what the layers read, then what the head does.
+
+    The first part depends on `Bucket.body` alone, so all buckets with one body share a recording of the layers.
+    """
 
     def __init__(self, bucket: Bucket, mask_words: int) -> None:
         """``mask_words`` of a grammar's mask per position."""
@@ -110,6 +118,9 @@ class StepLayout:
         self._add("past_len", "i32", (b,), 0)
         self._add("query_len", "i32", (b,), 0)
         self._add("input_ids", "i32", (b, s), 0)
+        if bucket.images:
+            self._add("image_index", "i32", (b, s), -1)
+            self._add("image_group", "i32", (b, s), -1)
         self._add("logit_positions", "i32", (b, r), 0)
         self._add("targets", "i32", (b, r), -1)
         if bucket.random:
@@ -118,9 +129,6 @@ class StepLayout:
             self._add("top_p", "fp32", (b,), 1.0)
             self._add("min_p", "fp32", (b,), 0.0)
             self._add("uniform", "fp32", (b, r), 0.5)
-        if bucket.images:
-            self._add("image_index", "i32", (b, s), -1)
-            self._add("image_group", "i32", (b, s), -1)
         if bucket.adjustments:
             self._add("adjust_ids", "i32", (b, bucket.adjustments), -1)
             self._add("adjust_factor", "fp32", (b, bucket.adjustments), 1.0)

@@ -29,17 +29,22 @@ class InterpreterDevice:
         os.environ["TRITON_INTERPRET"] = "1"
         self._capability = capability
         self._memory: list[NDArray[Any]] = []
+        self.allocated_bytes = 0
 
     @property
     def capability(self) -> int:
         """See `Device.capability`."""
         return self._capability
 
+    def activate(self) -> None:
+        """See `Device.activate`: threads share this one."""
+
     def allocate(self, dtype: str, *shape: int) -> Tensor:
         """See `Device.allocate`. Filled with a pattern that reads as NaN, so that nothing relies on zeros."""
         tensor = Tensor(0, dtype, shape)
         memory = np.full(tensor.num_bytes + ALIGNMENT, 0xFF, np.uint8)
         self._memory.append(memory)
+        self.allocated_bytes += tensor.num_bytes
         start: int = memory.ctypes.data
         return Tensor(start + -start % ALIGNMENT, dtype, shape)
 
@@ -101,6 +106,9 @@ class Replay:
                 self.device.launch(step)
             else:
                 step.issue(0)
+
+    def close(self) -> None:
+        """See `Recording.close`."""
 
 
 def host_view(tensor: Tensor) -> NDArray[Any]:

@@ -225,9 +225,7 @@ class PagedKv:
     def _locals(self, slot: int, start: int, stop: int) -> Iterator[Piece]:
         return self._pieces(self.local_pool, self._sizes.num_local, self.ring[slot], start, stop)
 
-    def _pieces(
-        self, pool: Tensor, layers: int, table: NDArray[np.int32], start: int, stop: int
-    ) -> Iterator[Piece]:
+    def _pieces(self, pool: Tensor, layers: int, table: NDArray[np.int32], start: int, stop: int) -> Iterator[Piece]:
         """The tokens ``start … stop − 1`` page by page."""
         page_bytes = layers * self._sizes.page_row_bytes
         while start < stop:

@@ -107,6 +107,10 @@ class Recording(Protocol):
         """Issue them all."""
         ...
 
+    def close(self) -> None:
+        """Forget them."""
+        ...
+
 
 class Device(Protocol):
     """Where launches run, in the order in which they are issued."""
@@ -114,6 +118,15 @@ class Device(Protocol):
     @property
     def capability(self) -> int:
         """Compute capability, 89 for 8.9; what kernels choose their sizes by."""
+        ...
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes allocated so far."""
+        ...
+
+    def activate(self) -> None:
+        """Make the device the calling thread's."""
         ...
 
     def allocate(self, dtype: str, *shape: int) -> Tensor:

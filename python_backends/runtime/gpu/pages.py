@@ -23,8 +23,8 @@ def ring_pages(window: int, lookahead: int) -> int:
 class PageTable:
     """The global layers' pages: ``table[slot, i]`` holds tokens ``64·i … 64·i + 63`` of the slot.
 
-    Invariants (`check_integrity`): every page is free or owned by one slot, never both; a slot's pages are a prefix of its
-    row; behind them the row repeats page 0, which a kernel may read but never use.
+    Invariants (`check_integrity`): every page is free or owned by one slot, never both; a slot's pages are a prefix of
+    its row; behind them the row repeats page 0, which a kernel may read but never use.
     """
 
     def __init__(self, num_slots: int, pages_per_slot: int, num_pages: int) -> None:
