@@ -85,8 +85,8 @@ class CudaDevice:
         if self.allocated_bytes + size > self.memory_limit:
             raise ConfigError(
                 f"{self.name}: {size / 1e9:.2f} GB more than the {self.allocated_bytes / 1e9:.2f} GB in use are beyond "
-                f"gpu_memory_gb or what is free ({self.memory_limit / 1e9:.2f} GB); raise it, free the GPU's memory, or "
-                "take fewer slots, a shorter context or a smaller --precision"
+                f"gpu_memory_gb or what is free ({self.memory_limit / 1e9:.2f} GB); raise it, free the GPU's memory, "
+                "or take fewer slots, a shorter context or a smaller --precision"
             )
         address = int(_check(cu.cuMemAlloc(size)))
         self._allocations.append(address)

@@ -1,12 +1,13 @@
 """`DecoderRuntime` on a GPU: a step is two recordings, the layers and the head, replayed over paged KV.
 
-Nothing waits for the device inside a step: the step's small arrays go up in one copy, both recordings are issued, and the
-tokens come back in one copy.
+Nothing waits for the device inside a step: the step's small arrays go up in one copy, both recordings are issued, and
+the tokens come back in one copy.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,8 +134,8 @@ class GpuDecoder:
             layout = StepLayout(head, self._program.mask_words)
             self._device.write(self._program.words(layout.num_words), layout.pack(part))
             if index == 0:
-                self._replay(("layers", bucket.body), lambda: self._program.layers(head, layout))
-            self._replay(("head", head), lambda: self._program.head(head, layout))
+                self._replay(("layers", bucket.body), functools.partial(self._program.layers, head, layout))
+            self._replay(("head", head), functools.partial(self._program.head, head, layout))
             outputs.append(self._read(part, head, want_logits))
         found = _join_positions(outputs)
         if inputs.attention_block:

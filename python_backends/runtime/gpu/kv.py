@@ -1,8 +1,8 @@
 """The paged KV of a decoder: pools on the device, tables beside them, and blocks, tails and slots going out and in.
 
-A page of a group of layers is one piece of memory, ``[layers, 2, kv_heads, 64, head_dim]``, so a block of the KV tiers is
-a few whole pages and leaves the device in as many copies. A tail is made of parts of pages: token ranges of every head,
-one strided copy a page.
+A page of a group of layers is one piece of memory, ``[layers, 2, kv_heads, 64, head_dim]``, so a block of the KV tiers
+is a few whole pages and leaves the device in as many copies. A tail is made of parts of pages: token ranges of every
+head, one strided copy a page.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which page holds which tokens of which slot: ids and counts only, no memory.
 
-Two groups of layers have tables of their own. Global layers keep everything, so a slot's table grows with its length and
-pages come from one free list. Local layers keep a window, so a slot owns a ring of pages for good.
+Two groups of layers have tables of their own. Global layers keep everything, so a slot's table grows with its length
+and pages come from one free list. Local layers keep a window, so a slot owns a ring of pages for good.
 """
 
 from __future__ import annotations
