@@ -1,0 +1,19 @@
+"""Published shapes with random weights that exist on the device alone: what a step costs does not depend on their values."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from builders.model_config import read_model_config
+from builders.random_checkpoint import shape_config
+from python_backends.manifest import ModelShape
+from tests.driver import model_shape
+
+
+def published(shape: str, layers: int | None = None) -> ModelShape:
+    """The sizes of a published model, or of its first layers."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(shape_config(shape, layers)))
+        return model_shape(read_model_config(Path(folder)))
