@@ -16,15 +16,23 @@ from typing import Any, Protocol
 from builders import repository
 from builders.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from builders.identity import Fingerprint, source_identity
-from builders.quantize import Precision
+from builders.quantize import PER_CHANNEL, Precision, PrecisionName
 from builders.side_files import write_image_processor, write_tokenizer
 from python_backends import contract, manifest
 from python_backends.config import Config
 from python_backends.errors import ArtifactError, BuildError
 from python_backends.manifest import ImageShape, Manifest, ModelShape
 from python_backends.prompt import open_files
+from python_backends.runtime.gpu.weights import GROUP
 
-RUNTIME = "onnxruntime"
+ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt-rtx"
+RUNTIME = ONNXRUNTIME
+RUNTIMES: dict[str, tuple[PrecisionName, ...]] = {
+    ONNXRUNTIME: ("fp32", "fp16", "int8", "int4"),
+    TENSORRT: ("fp32", "bf16", "fp16", "fp8", "int8", "int4"),
+    TENSORRT_RTX: ("fp32", "bf16", "fp16", "fp8", "int8", "int4"),
+}
+"""What executes a build, and the precisions it takes."""
 _PACKAGES = ("wicore", "numpy", "onnx", "onnxruntime", "transformers")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -64,12 +72,36 @@ class Options:
     max_context_length: int | None = None
     """Tokens of prompt and answer together; None is the model's own limit."""
 
+    plans: bool = False
+    """Build TensorRT plans too; without them the GPU runtime's own kernels do all of the decoder's work."""
+    compute_capabilities: tuple[str, ...] = ()
+    """GPUs that the plans are for, such as "8.9"; none is TensorRT's own choice."""
+
     def __post_init__(self) -> None:
-        if self.runtime != RUNTIME:
+        if self.runtime not in RUNTIMES:
+            raise BuildError(f"runtime {self.runtime!r} is not offered; choose one of {', '.join(RUNTIMES)}")
+        if self.precision.name not in RUNTIMES[self.runtime]:
             raise BuildError(
-                f"runtime {self.runtime!r} is not offered: this version builds for {RUNTIME!r} (CPU); "
-                "TensorRT and CUDA are planned"
+                f"{self.runtime} has no precision {self.precision.name!r}; "
+                f"choose one of {', '.join(RUNTIMES[self.runtime])}"
             )
+        if self.gpu:
+            self._check_gpu()
+        elif self.plans or self.compute_capabilities:
+            raise BuildError(f"{self.runtime} has no plans; they are for --runtime {TENSORRT} and {TENSORRT_RTX}")
+
+    def _check_gpu(self) -> None:
+        block = {"int8": PER_CHANNEL, "int4": GROUP}.get(self.precision.name)
+        if block is not None and (self.precision.block != block or not self.precision.symmetric):
+            raise BuildError(
+                f"{self.runtime} stores {self.precision.name} symmetric with --block-size {block}; "
+                "leave --block-size and --asymmetric out"
+            )
+
+    @property
+    def gpu(self) -> bool:
+        """Whether the build is for GPUs."""
+        return self.runtime != ONNXRUNTIME
 
     def as_dict(self) -> dict[str, Any]:
         """For the build's identity."""
@@ -144,7 +176,10 @@ def _build(checkpoint: Checkpoint, target: Path, options: Options, identity: str
     try:
         shape = _shape(checkpoint.config, options.max_context_length)
         _write_side_files(checkpoint, target, shape, build_id)
-        _write_graphs(checkpoint, target, options.precision, build_id, reporter)
+        if options.gpu:
+            _write_gpu(checkpoint, target, options, build_id, reporter)
+        else:
+            _write_graphs(checkpoint, target, options.precision, build_id, reporter)
         reporter.begin("checking")
         weights = fingerprint.result()
         _check_unchanged(checkpoint.folder, options, identity)
@@ -195,14 +230,31 @@ def _write_graphs(
     from builders.graph.decoder import write_decoder
     from builders.graph.vision import write_vision_encoder
 
-    vision_bytes = sum(
-        tensor.num_bytes for name, tensor in checkpoint.tensors.items() if name.startswith(("vision.", "projector."))
-    )
+    vision_bytes = _vision_bytes(checkpoint)
     reporter.begin("decoder", checkpoint.num_bytes - vision_bytes)
     write_decoder(checkpoint, precision, repository.stage_folder(target, contract.DECODER, build_id))
     if checkpoint.config.vision is not None:
         reporter.begin("vision encoder", vision_bytes)
         write_vision_encoder(checkpoint, precision, repository.stage_folder(target, contract.VISION_ENCODER, build_id))
+
+
+def _write_gpu(checkpoint: Checkpoint, target: Path, options: Options, build_id: str, reporter: Reporter) -> None:
+    from builders.gpu_weights import write_gpu_weights
+    from builders.graph.vision import write_vision_encoder
+
+    vision_bytes = _vision_bytes(checkpoint)
+    reporter.begin("weights", checkpoint.num_bytes - vision_bytes)
+    write_gpu_weights(checkpoint, options.precision, repository.stage_folder(target, contract.DECODER, build_id))
+    if checkpoint.config.vision is not None:
+        reporter.begin("vision encoder", vision_bytes)
+        # The tower without a plan runs on the CPU.
+        folder = repository.stage_folder(target, contract.VISION_ENCODER, build_id)
+        write_vision_encoder(checkpoint, Precision.of("fp32" if options.precision.name == "fp32" else "int8"), folder)
+
+
+def _vision_bytes(checkpoint: Checkpoint) -> int:
+    parts = ("vision.", "projector.")
+    return sum(tensor.num_bytes for name, tensor in checkpoint.tensors.items() if name.startswith(parts))
 
 
 def _shape(config: ModelConfig, max_context_length: int | None) -> ModelShape:

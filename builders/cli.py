@@ -25,7 +25,9 @@ class PrecisionChoice(enum.StrEnum):
     """Values of --precision."""
 
     FP32 = "fp32"
+    BF16 = "bf16"
     FP16 = "fp16"
+    FP8 = "fp8"
     INT8 = "int8"
     INT4 = "int4"
 
@@ -43,21 +45,44 @@ def build(
         PrecisionChoice,
         typer.Option(
             help="How weights are stored. int8 is nearly lossless at half of bfloat16's size; int4 halves it again at "
-            "some cost; fp16 and fp32 are for comparisons."
+            "some cost; fp16 and fp32 are for comparisons. bf16 and fp8 are for GPUs."
         ),
     ] = PrecisionChoice.INT8,
     block_size: Annotated[
         int | None,
         typer.Option(
             help="int8, int4: weights per scale, a power of two from 16 on; smaller is finer. 0: per channel. "
-            "[default: 32 for int8, 128 for int4]"
+            "[default: 32 for int8, 128 for int4; on GPUs 0 for int8, 128 for int4]"
         ),
     ] = None,
     asymmetric: Annotated[
         bool,
         typer.Option("--asymmetric", help="int8, int4: a zero point per block; a little finer, larger and slower."),
     ] = False,
-    runtime: Annotated[str, typer.Option(help="What executes the model.")] = "onnxruntime",
+    runtime: Annotated[
+        str,
+        typer.Option(
+            help="What executes the model: onnxruntime (CPU), tensorrt-rtx (GPU, from PyPI) or tensorrt (GPU, in "
+            "NVIDIA's container or from its index)."
+        ),
+    ] = "onnxruntime",
+    plans: Annotated[
+        bool | None,
+        typer.Option(
+            "--plans/--no-plans",
+            help="GPUs: build TensorRT plans beside the weights. They build without a GPU; without plans WiCore's own "
+            "kernels do their work. [default: no plans]",
+            show_default=False,
+        ),
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="GPUs that the plans are for: 8.9 is L20 and RTX 4090, 9.0 H100 and H200. Give it several times for "
+            "several. [default: those that TensorRT-RTX covers by itself; with tensorrt the GPU present]",
+            show_default=False,
+        ),
+    ] = None,
     max_context: Annotated[
         int | None, typer.Option(help="Longest prompt and answer together, in tokens. [default: the model's own limit]")
     ] = None,
@@ -76,12 +101,20 @@ def build(
     wicore build ./gemma-3-4b-it --precision int4 --block-size 64 --repository /srv/models
     """
     try:
-        from builders.build import Options, Silence
+        from builders.build import ONNXRUNTIME, Options, Silence
         from builders.build import build as run
         from builders.hub import resolve
-        from builders.quantize import Precision
+        from builders.quantize import PER_CHANNEL, Precision
 
-        options = Options(Precision.of(precision.value, block_size, not asymmetric), runtime, max_context)
+        if block_size is None and runtime != ONNXRUNTIME and precision is PrecisionChoice.INT8:
+            block_size = PER_CHANNEL
+        options = Options(
+            Precision.of(precision.value, block_size, not asymmetric),
+            runtime,
+            max_context,
+            plans=bool(plans),
+            compute_capabilities=tuple(compute_capability or ()),
+        )
         folder = resolve(checkpoint, revision)
         with contextlib.nullcontext(Silence()) if as_json else Bars() as reporter:
             result = run(folder, repository, options, force=force, reporter=reporter)

@@ -12,10 +12,10 @@ largest weight lands on −2^(bits−1), the longer side of the range. docs/buil
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Literal, NamedTuple, Self, TypeVar, get_args
 
 import numpy as np
 import onnx
@@ -26,8 +26,9 @@ from builders.weights import WeightFile
 from python_backends.errors import BuildError
 
 UInt8 = NDArray[np.uint8]
+Result = TypeVar("Result")
 
-PrecisionName = Literal["fp32", "fp16", "int8", "int4"]
+PrecisionName = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 PRECISIONS: tuple[PrecisionName, ...] = get_args(PrecisionName)
 
 DEFAULT_BLOCKS = {"int4": 128, "int8": 32}
@@ -58,7 +59,7 @@ class Precision:
 
     name: PrecisionName
     block: int = 32
-    """Weights that share a scale: a power of two from 16 on, or `PER_CHANNEL`. Unused by fp32 and fp16."""
+    """Weights that share a scale: a power of two from 16 on, or `PER_CHANNEL`. Unused by floating types."""
     symmetric: bool = True
     """Without zero points, which cost half a byte (int4) or a byte (int8) per block."""
 
@@ -79,12 +80,12 @@ class Precision:
     @property
     def bits(self) -> int:
         """Bits of one weight."""
-        return {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}[self.name]
+        return {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "int4": 4}[self.name]
 
     @property
     def quantized(self) -> bool:
         """Whether weights are stored as blocks of integers."""
-        return self.bits <= 8
+        return self.name in {"int8", "int4"}
 
     def block_size(self, columns: int) -> int:
         """The operators' ``block_size`` attribute for a weight with K = ``columns``.
@@ -140,10 +141,13 @@ def pack_linear(weight: LazyTensor, precision: Precision, file: WeightFile, name
     zeros = None if precision.symmetric else np.empty((rows, -(-blocks * precision.bits // 8)), np.uint8)
 
     def pieces() -> Iterator[UInt8]:
-        for start, stop, piece in _quantized_chunks(weight, precision):
+        start = 0
+        for piece in map_chunks(weight, lambda values: quantize(values, precision)):
+            stop = start + len(piece.scales)
             scales[start:stop] = piece.scales
             if zeros is not None and piece.zero_points is not None:
                 zeros[start:stop] = piece.zero_points
+            start = stop
             yield piece.data
 
     data = file.add(name, onnx.TensorProto.UINT8, (rows, blocks, block * precision.bits // 8), pieces())
@@ -154,18 +158,14 @@ def pack_linear(weight: LazyTensor, precision: Precision, file: WeightFile, name
     )
 
 
-def _quantized_chunks(weight: LazyTensor, precision: Precision) -> Iterator[tuple[int, int, Quantized]]:
-    """Row ranges and their quantized rows in order, computed on every core with a bounded number in flight."""
+def map_chunks(weight: LazyTensor, work: Callable[[Float32], Result]) -> Iterator[Result]:
+    """``work`` on consecutive rows of a weight, in order, on every core with a bounded number of pieces in flight."""
     workers = min(8, os.cpu_count() or 1)
-
-    def work(start: int, stop: int) -> tuple[int, int, Quantized]:
-        return start, stop, quantize(weight.read(start, stop), precision)
-
     with ThreadPoolExecutor(workers) as pool:
-        pending: list[Future[tuple[int, int, Quantized]]] = []
+        pending: list[Future[Result]] = []
         try:
             for start, stop in row_chunks(weight):
-                pending.append(pool.submit(work, start, stop))
+                pending.append(pool.submit(lambda start=start, stop=stop: work(weight.read(start, stop))))  # type: ignore[misc]
                 if len(pending) > workers:
                     yield pending.pop(0).result()
             while pending:

@@ -259,8 +259,8 @@ def test_a_context_beyond_the_models_is_refused_before_any_work(checkpoint: Path
 
 
 def test_a_runtime_that_is_not_offered_says_what_is() -> None:
-    with pytest.raises(BuildError, match=r"runtime 'tensorrt' is not offered: this version builds for 'onnxruntime'"):
-        Options(Precision("int8"), runtime="tensorrt")
+    with pytest.raises(BuildError, match=r"runtime 'cuda' is not offered; choose one of onnxruntime, tensorrt"):
+        Options(Precision("int8"), runtime="cuda")
 
 
 def test_a_checkpoint_that_changes_during_the_build_is_refused(checkpoint: Path, built: Result) -> None:

@@ -69,7 +69,8 @@ def test_each_precision_has_a_block_size_of_its_own(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--runtime", "tensorrt"), "runtime 'tensorrt' is not offered"),
+        (("--runtime", "cuda"), "runtime 'cuda' is not offered"),
+        (("--precision", "fp8"), "onnxruntime has no precision 'fp8'"),
         (("--block-size", "31"), "block size 31 is not a power of two"),
         (("--max-context", "0"), "a context of 0 tokens is outside"),
     ],

@@ -170,5 +170,5 @@ def test_a_block_size_that_the_operators_do_not_take_is_refused(block: int) -> N
 
 
 def test_an_unknown_precision_is_refused_with_the_choices() -> None:
-    with pytest.raises(BuildError, match="choose one of fp32, fp16, int8, int4"):
+    with pytest.raises(BuildError, match="choose one of fp32, bf16, fp16, fp8, int8, int4"):
         Precision("int3")  # type: ignore[arg-type]
