@@ -16,4 +16,3 @@ def published(shape: str, layers: int | None = None) -> ModelShape:
     """The sizes of a published model, or of its first layers."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape_config(shape, layers)))
-        return model_shape(read_model_config(Path(folder)))

@@ -25,7 +25,8 @@ from python_backends.runtime.gpu.kv import PagedKv, plan_kv
 from python_backends.runtime.gpu.launch import DTYPES, Device, Launch, Operation, Recording, Tensor
 from python_backends.runtime.gpu.pages import PAGE_TOKENS
 from python_backends.runtime.gpu.program import MAX_TOP_N, Program
-from python_backends.runtime.gpu.weights import Weights
+from python_backends.runtime.gpu.device_weights import DeviceWeights
+from python_backends.runtime.gpu.products import KernelProducts
 from python_backends.runtime.rows import join_rows, single_row
 
 MAX_LOGIT_ROWS = 64
@@ -56,7 +57,7 @@ class GpuDecoder:
     Args:
         device: owns memory and runs the launches; closed with the decoder.
         model: sizes from the manifest.
-        weights: those that a build left.
+        weights: on the device.
         options: limits.
 
     Raises:
@@ -64,16 +65,17 @@ class GpuDecoder:
         ConfigError: the memory does not suffice.
     """
 
-    def __init__(self, device: Device, model: ModelShape, weights: Weights, options: GpuOptions) -> None:
+    def __init__(self, device: Device, model: ModelShape, weights: DeviceWeights, options: GpuOptions) -> None:
         self._device, self._model = device, model
         tokens = max(options.prefill_chunk, options.num_slots * DECODE_POSITIONS, DECODE_POSITIONS)
         self._tokens = 1 << (tokens - 1).bit_length()
-        dtype = options.kv_dtype or weights.activation_dtype
-        self._program = Program(device, model, weights, self._tokens, MAX_LOGIT_ROWS)
+        dtype = options.kv_dtype or weights.activation
+        products = KernelProducts(device, model, weights, self._tokens, MAX_LOGIT_ROWS)
+        self._program = Program(device, model, weights, products, self._tokens, MAX_LOGIT_ROWS)
         free = options.memory_limit - device.allocated_bytes
         sizes = plan_kv(model, options.num_slots, options.max_context_length, free, dtype)
         self._kv = PagedKv(device, model, sizes, dtype, options.block_tokens)
-        self._program.bind(self._kv)
+        self._program.bind(self._kv, 1 << (sizes.num_slots - 1).bit_length())
         self._recordings: dict[object, Recording] = {}
         image = model.image
         self._spec = DecoderSpec(
