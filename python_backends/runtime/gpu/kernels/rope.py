@@ -212,7 +212,7 @@ def rope_append(
 
 
 def append(fresh: Tensor, rows: Rows, kv: LayerKv) -> Launch:
-    """Write the valid tokens' keys and values [M, 2·KV, hd] to the slots' pages; of a chunk longer than a ring its end."""
+    """Write the valid tokens of ``fresh`` [M, 2·KV, hd] to the slots' pages; of a chunk longer than a ring, its end."""
     block = min(power_of_two(rows.positions), 32)
     return Launch(
         "rope.append_kernel",
