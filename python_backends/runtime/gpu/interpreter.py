@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,10 @@ class InterpreterDevice:
         if type(kernel).__name__ != "InterpretedFunction":
             raise InternalError("Triton-lang was imported before TRITON_INTERPRET was set")
         args = [_argument(arg) for arg in launch.args]
-        kernel[launch.grid](*args, **launch.constants)
+        with warnings.catch_warnings():
+            # Loop bounds read on the device: the interpreter converts them in a way that NumPy will refuse one day.
+            warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
+            kernel[launch.grid](*args, **launch.constants)
 
     def record(self, steps: Sequence[Launch | Operation]) -> Replay:
         """See `Device.record`."""
