@@ -6,10 +6,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from builders.model_config import read_model_config
 from builders.random_checkpoint import shape_config
 from python_backends.manifest import ModelShape
-from tests.driver import model_shape
 
 
 def published(shape: str, layers: int | None = None) -> ModelShape:

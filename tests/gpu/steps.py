@@ -99,9 +99,7 @@ class Bench:
     def kv_bytes(self, lengths: Sequence[int]) -> int:
         """What a step must read of the caches."""
         layout = self.decoder.kv_layout
-        return sum(
-            length * layout.global_bytes + min(length, layout.window) * layout.local_bytes for length in lengths
-        )
+        return sum(length * layout.global_bytes + min(length, layout.window) * layout.local_bytes for length in lengths)
 
     def inputs(self, batch: int, past: int, tokens: int = 1) -> StepInputs:
         """A greedy step of ``batch`` rows after ``past`` tokens."""
@@ -190,4 +188,3 @@ def _shape(step: object) -> str:
         weights = [arg for arg in step.args if isinstance(arg, Tensor) and len(arg.shape) == 2]
         return " " + "x".join(str(size) for size in max(weights, key=lambda arg: arg.num_bytes).shape)
     return ""
-

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from python_backends.errors import ArtifactError
-from python_backends.runtime.gpu.launch import DTYPES, Device, Tensor
+from python_backends.runtime.gpu.launch import Device, Tensor
 from python_backends.runtime.gpu.weights import Entry, GpuWeights, Names
 
 _PIECE_BYTES = 64 << 20

@@ -6,9 +6,8 @@ attentions is `Products`' matter: kernels of ours, or TensorRT plans that take t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from python_backends.errors import InternalError
 from python_backends.manifest import ModelShape
 from python_backends.runtime.gpu.device_weights import DeviceWeights
 from python_backends.runtime.gpu.inputs import DECODE_POSITIONS, Bucket, StepLayout
-from python_backends.runtime.gpu.kernels import decode_attention, embed, norm, prefill_attention, rope, sampling
+from python_backends.runtime.gpu.kernels import decode_attention, embed, prefill_attention, rope, sampling
 from python_backends.runtime.gpu.kernels.paging import LayerKv, Rows
 from python_backends.runtime.gpu.kv import PagedKv
 from python_backends.runtime.gpu.launch import Device, Launch, Operation, Tensor

@@ -9,6 +9,7 @@ from python_backends.runtime.gpu.interpreter import InterpreterDevice
 from python_backends.runtime.gpu.kernels import decode_attention as decode
 from python_backends.runtime.gpu.kernels.decode_attention import DecodeConfig, Mass, Scratch
 from python_backends.runtime.gpu.launch import Launch, Tensor
+from tests.gpu.device import kernel_device
 from tests.python_backends.runtime.gpu.paged import PAGE, Case
 
 
@@ -54,13 +55,13 @@ def test_every_valid_position_attends_to_what_it_sees(
     block: int,
     splits: int,
 ) -> None:
-    case = Case(InterpreterDevice(), past_len, query_len, positions, *sizes, window)
+    case = Case(kernel_device(), past_len, query_len, positions, *sizes, window)
     case.check(run(case, DecodeConfig(block, splits, 1, 4, 2)), 2e-6)
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp16", "fp8e4nv"])
 def test_narrow_kv(kv_dtype: str) -> None:
-    case = Case(InterpreterDevice(), [200, 17], [1, 1], 1, 4, 2, 64, 0, "fp16", kv_dtype)
+    case = Case(kernel_device(), [200, 17], [1, 1], 1, 4, 2, 64, 0, "fp16", kv_dtype)
     case.check(run(case), 3e-3)
 
 
@@ -69,7 +70,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     config = DecodeConfig(64, 3, 1, 4, 2)
     outputs = []
     for others in (0, 450):
-        case = Case(InterpreterDevice(), [300, others], [2, 1 if others else 0], 2, 2, 1, 16, seed=5)
+        case = Case(kernel_device(), [300, others], [2, 1 if others else 0], 2, 2, 1, 16, seed=5)
         first = np.random.default_rng(1)
         case.keys[0, :302] = first.standard_normal(case.keys[0, :302].shape)
         case.values[0, :302] = first.standard_normal(case.values[0, :302].shape)
@@ -89,7 +90,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 def test_masses_are_the_last_querys_shares_of_the_blocks(
     past_len: list[int], query_len: list[int], positions: int, block: int, splits: int, block_tokens: int
 ) -> None:
-    case = Case(InterpreterDevice(), past_len, query_len, positions, 4, 2, 16)
+    case = Case(kernel_device(), past_len, query_len, positions, 4, 2, 16)
     blocks = max(past + query for past, query in zip(past_len, query_len, strict=True)) // block_tokens + 2
     mass = Mass(case.device.allocate("fp32", len(past_len), blocks), block_tokens)
     config = DecodeConfig(block, splits, 1, 4, 2)
@@ -106,7 +107,7 @@ def check_masses(case: Case, mass: Mass, blocks: int) -> None:
 
 
 def test_the_masses_of_a_chunk_are_those_of_its_last_query() -> None:
-    case = Case(InterpreterDevice(), [100, 0, 30], [140, 33, 0], 256, 4, 2, 16)
+    case = Case(kernel_device(), [100, 0, 30], [140, 33, 0], 256, 4, 2, 16)
     case.fill(with_chunk=True)
     mass = Mass(case.device.allocate("fp32", 3, 5), PAGE)
     config = DecodeConfig(32, 3, 1, 4, 2)
@@ -120,7 +121,7 @@ def test_the_masses_of_a_chunk_are_those_of_its_last_query() -> None:
 @pytest.mark.parametrize("capability", [89, 90])
 @pytest.mark.parametrize("batch", [1, 16])
 def test_candidates_stay_within_the_scratch_buffers(capability: int, batch: int) -> None:
-    case = Case(InterpreterDevice(), [200] * batch, [1] * batch, 1, 4, 2, 16)
+    case = Case(kernel_device(), [200] * batch, [1] * batch, 1, 4, 2, 16)
     found = decode.candidates(case.heads, case.kv, case.rows, capability)
     assert found[0] == decode.default_config(case.heads, case.kv, case.rows, capability)
     lines = decode.scratch_lines(case.rows.tokens, case.heads)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from python_backends.runtime.gpu.interpreter import InterpreterDevice
 from python_backends.runtime.gpu.kernels import prefill_attention as prefill
 from python_backends.runtime.gpu.kernels.prefill_attention import PrefillConfig
+from tests.gpu.device import kernel_device
 from tests.python_backends.runtime.gpu.paged import Array, Case, upload
 
 
@@ -46,14 +46,14 @@ def test_every_valid_position_attends_to_what_it_sees(
     window: int,
     blocks: tuple[int, int],
 ) -> None:
-    case = Case(InterpreterDevice(), past_len, query_len, positions, *sizes, window)
+    case = Case(kernel_device(), past_len, query_len, positions, *sizes, window)
     check(case, PrefillConfig(*blocks, 4, 2))
 
 
 @pytest.mark.parametrize("window", [0, 64])
 def test_an_images_tokens_see_each_other_both_ways(window: int) -> None:
     """Images that begin and end inside tiles, one longer than the window, one at the end of a ragged row."""
-    case = Case(InterpreterDevice(), [0, 90, 10], [190, 120, 40], 192, 2, 1, 16, window)
+    case = Case(kernel_device(), [0, 90, 10], [190, 120, 40], 192, 2, 1, 16, window)
     groups = np.full((3, 192), -1, np.int32)
     for row, number, start, stop in ((0, 0, 20, 51), (0, 1, 52, 60), (0, 2, 70, 165), (1, 0, 0, 33), (1, 1, 80, 120)):
         groups[row, start:stop] = number
@@ -62,10 +62,10 @@ def test_an_images_tokens_see_each_other_both_ways(window: int) -> None:
 
 @pytest.mark.parametrize("kv_dtype", ["fp16", "fp8e4nv"])
 def test_narrow_types(kv_dtype: str) -> None:
-    case = Case(InterpreterDevice(), [130, 20], [64, 10], 64, 4, 2, 32, 0, "fp16", kv_dtype)
+    case = Case(kernel_device(), [130, 20], [64, 10], 64, 4, 2, 32, 0, "fp16", kv_dtype)
     check(case, None, 3e-3)
 
 
 def test_text_in_a_chunk_with_images_is_causal() -> None:
-    case = Case(InterpreterDevice(), [20], [60], 64, 2, 1, 16)
+    case = Case(kernel_device(), [20], [60], 64, 2, 1, 16)
     check(case, PrefillConfig(32, 32, 4, 2), groups=np.full((1, 64), -1, np.int32))

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from python_backends.runtime.gpu.interpreter import InterpreterDevice, host_view
+from python_backends.runtime.gpu.interpreter import host_view
 from python_backends.runtime.gpu.kernels import rope
 from python_backends.runtime.gpu.launch import DTYPES, Tensor
+from tests.gpu.device import kernel_device
 from tests.python_backends.runtime.gpu.paged import PAGE, Array, Case, upload
 
 EPSILON = 1e-6
@@ -49,7 +50,7 @@ def test_heads_are_normed_rotated_and_appended(
     split: int,
     sizes: tuple[int, int, int],
 ) -> None:
-    device = InterpreterDevice()
+    device = kernel_device()
     case = Case(device, past_len, query_len, positions, *sizes, window, dtype, kv_dtype)
     total = (case.heads + 2 * case.kv_heads) * case.head_dim
     parts = case.random.standard_normal((split, case.rows.tokens, total)).astype(np.float32)
@@ -107,7 +108,7 @@ def check_pages(case: Case, fresh: Tensor, kept: int | None = None) -> None:
 
 @pytest.mark.parametrize("window", [0, 128])
 def test_a_chunk_longer_than_the_ring_leaves_its_end(window: int) -> None:
-    device = InterpreterDevice()
+    device = kernel_device()
     case = Case(device, [70, 0, 11], [700, 0, 40], 704, 2, 2, 16, window)
     fresh = case.packed_fresh()
     device.launch(rope.append(fresh, case.rows, case.kv))
@@ -116,7 +117,7 @@ def test_a_chunk_longer_than_the_ring_leaves_its_end(window: int) -> None:
 
 def test_angles_of_any_context_are_reduced_exactly() -> None:
     """Positions up to 131,071 with frequency 1, where the float32 angle is the position itself."""
-    device = InterpreterDevice()
+    device = kernel_device()
     case = Case(device, [131_071 - 2 * step * 997 for step in range(16)], [1] * 16, 1, 1, 1, 16, 64)
     heads = np.zeros((16, 3, 16), np.float32)
     heads[..., :8] = 1.0
