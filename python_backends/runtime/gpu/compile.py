@@ -26,12 +26,12 @@ from python_backends.errors import ArtifactError, BuildError, InternalError
 from python_backends.runtime.gpu.launch import Launch, Tensor
 
 TRITON_VERSION = "3.6.0"
-"""The one that kernels are written for and measured with; what a launch must pass besides its arguments depends on it."""
+"""The one that kernels are written for and measured with; what a launch passes besides its arguments depends on it."""
 
 _KERNELS = "python_backends.runtime.gpu.kernels"
 _KERNEL_FOLDER = Path(__file__).parent / "kernels"
 _HIDDEN_POINTERS = 2
-"""Pointers behind the arguments that Triton-lang's launcher passes to every kernel (`triton/backends/nvidia/driver.py`):
+"""Pointers behind the arguments that Triton-lang's launcher passes to every kernel (triton/backends/nvidia/driver.py):
 scratch memory and the profiler's memory. Null where the kernel asks for none, and none of ours may."""
 _POINTER_ALIGNMENT = 16
 
@@ -40,8 +40,8 @@ _POINTER_ALIGNMENT = 16
 class Compiled:
     """A kernel for one compute capability.
 
-    Launch it with ``32 · num_warps`` threads, ``shared_bytes`` of dynamic shared memory and, as parameters, the launch's
-    arguments except None, then ``hidden_pointers`` null pointers.
+    Launch it with ``32 · num_warps`` threads, ``shared_bytes`` of dynamic shared memory and, as parameters, the
+    launch's arguments except None, then ``hidden_pointers`` null pointers.
     """
 
     key: str
