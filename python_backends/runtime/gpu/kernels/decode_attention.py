@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from python_backends.runtime.gpu.kernels.lang import cdiv, jit, power_of_two, tl
-from python_backends.runtime.gpu.kernels.paging import LayerKv, Rows, page_rows
+from python_backends.runtime.gpu.kernels.paging import LayerKv, Rows, tile_pages, tile_rows
 from python_backends.runtime.gpu.launch import Device, Launch, Tensor
 
 MAX_SPLITS = 128
@@ -99,9 +99,13 @@ def decode_kernel(
     weighted = tl.zeros([ROWS, HD], tl.float32)
     table_row = table + (tl.load(slot_base) + row) * WIDTH
     head_pages = pages + head * (PAGE * HD)
-    for tile in range(first + count * split // active, first + count * (split + 1) // active):
+    begin = first + count * split // active
+    end = first + count * (split + 1) // active
+    page, page2 = tile_pages(table_row, begin, total, BLOCK, PAGE, WIDTH)
+    for tile in range(begin, end):
         positions = tile * BLOCK + tl.arange(0, BLOCK)
-        place = page_rows(table_row, tile * BLOCK, total, positions, PAGE, WIDTH, PAGE_STRIDE, HD)
+        place = tile_rows(page, page2, tile, BLOCK, PAGE, PAGE_STRIDE, HD)
+        page, page2 = tile_pages(table_row, tile + 1, total, BLOCK, PAGE, WIDTH)
         keys = tl.load(head_pages + place[:, None] + columns[None, :])
         scores = tl.dot(q, tl.trans(keys.to(product)), input_precision="ieee") * _LOG2_E
         seen = positions[None, :] <= limits[:, None]

@@ -89,20 +89,28 @@ def page_number(table_row, index, WIDTH: tl.constexpr):
 
 
 @jit
-def page_rows(
-    table_row, start, end, tokens, PAGE: tl.constexpr, WIDTH: tl.constexpr, PAGE_STRIDE: tl.constexpr, HD: tl.constexpr
-):
-    """Where the rows of ``tokens`` = start + 0 … BLOCK−1 begin, in elements, in head 0 of the keys: int64 [BLOCK].
+def tile_pages(table_row, tile, end, BLOCK: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr):
+    """(page of a tile's first token, page of its last one) for tiles of BLOCK tokens: a page, a part of one, or two.
 
-    A block starts at a multiple of its size, which is a page, a part of one, or two. Behind ``end`` there may be no
-    page: such rows lie in the block's first one and mean nothing.
+    Behind token ``end`` there may be no page; the first one stands in. Loops load these one tile ahead and carry them
+    along: a load whose address another load of the same iteration gives is not fetched ahead far enough.
     """
-    BLOCK: tl.constexpr = tokens.shape[0]
-    page = page_number(table_row, start // PAGE, WIDTH)
+    first = page_number(table_row, tile * BLOCK // PAGE, WIDTH)
+    second = first
     if BLOCK > PAGE:
-        tl.static_assert(BLOCK == 2 * PAGE, "a block is at most two pages")
-        second = page_number(table_row, tl.where(start + PAGE < end, start // PAGE + 1, start // PAGE), WIDTH)
-        rows = tl.where(tokens < start + PAGE, page, second) * PAGE_STRIDE
+        tl.static_assert(BLOCK == 2 * PAGE, "a tile is at most two pages")
+        index = tile * BLOCK // PAGE
+        second = page_number(table_row, tl.where(index * PAGE + PAGE < end, index + 1, index), WIDTH)
+    return first, second
+
+
+@jit
+def tile_rows(
+    first, second, tile, BLOCK: tl.constexpr, PAGE: tl.constexpr, PAGE_STRIDE: tl.constexpr, HD: tl.constexpr
+):
+    """Where the tokens of a tile begin in head 0 of the keys, in elements: int64 [BLOCK]."""
+    tokens = tl.arange(0, BLOCK)
+    if BLOCK > PAGE:
+        return tl.where(tokens < PAGE, first, second) * PAGE_STRIDE + (tokens % PAGE) * HD
     else:
-        rows = page * PAGE_STRIDE
-    return rows + (tokens % PAGE) * HD
+        return (first * PAGE_STRIDE + (tile % (PAGE // BLOCK)) * (BLOCK * HD)) + tokens * HD

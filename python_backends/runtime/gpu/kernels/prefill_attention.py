@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from python_backends.runtime.gpu.kernels.lang import cdiv, jit, power_of_two, tl
-from python_backends.runtime.gpu.kernels.paging import LayerKv, Rows, page_rows
+from python_backends.runtime.gpu.kernels.paging import LayerKv, Rows, tile_pages, tile_rows
 from python_backends.runtime.gpu.launch import DTYPES, Launch, Tensor
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -46,10 +46,15 @@ def _attend(
     """Take in the tiles of keys ``begin … end − 1``, counted from where ``queries`` are; keys from ``limit`` on do not
     exist."""
     columns = tl.arange(0, HD)
+    page = 0
+    page2 = 0
+    if FROM_PAGES:
+        page, page2 = tile_pages(table_row, begin, limit, BLOCK_N, PAGE, WIDTH)
     for tile in range(begin, end):
         tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         if FROM_PAGES:
-            place = page_rows(table_row, tile * BLOCK_N, limit, tokens, PAGE, WIDTH, PAGE_STRIDE, HD)
+            place = tile_rows(page, page2, tile, BLOCK_N, PAGE, PAGE_STRIDE, HD)
+            page, page2 = tile_pages(table_row, tile + 1, limit, BLOCK_N, PAGE, WIDTH)
         else:
             place = tokens * TOKEN_STRIDE
         at = place[:, None] + columns[None, :]
