@@ -70,13 +70,13 @@ class GpuDecoder:
         tokens = max(options.prefill_chunk, options.num_slots * DECODE_POSITIONS, DECODE_POSITIONS)
         self._tokens = 1 << (tokens - 1).bit_length()
         dtype = options.kv_dtype or weights.activation
-        products = KernelProducts(device, model, weights, self._tokens, MAX_LOGIT_ROWS)
-        self._program = Program(device, model, weights, products, self._tokens, MAX_LOGIT_ROWS)
+        products = KernelProducts(device, model, weights, self._tokens)
+        self.program = Program(device, model, weights, products, self._tokens, MAX_LOGIT_ROWS)
         free = options.memory_limit - device.allocated_bytes
         sizes = plan_kv(model, options.num_slots, options.max_context_length, free, dtype)
-        self._kv = PagedKv(device, model, sizes, dtype, options.block_tokens)
-        self._program.bind(self._kv, 1 << (sizes.num_slots - 1).bit_length())
-        self._recordings: dict[object, Recording] = {}
+        self.kv = PagedKv(device, model, sizes, dtype, options.block_tokens)
+        self.program.bind(self.kv, 1 << (sizes.num_slots - 1).bit_length())
+        self.recordings: dict[object, Recording] = {}
         image = model.image
         self._spec = DecoderSpec(
             vocab_size=model.vocab_size,
@@ -103,7 +103,7 @@ class GpuDecoder:
     @property
     def kv_layout(self) -> KvLayout:
         """See `DecoderRuntime.kv_layout`."""
-        return self._kv.layout
+        return self.kv.layout
 
     def step(self, inputs: StepInputs, *, want_logits: bool = False) -> StepOutputs:
         """See `DecoderRuntime.step`.
@@ -125,7 +125,7 @@ class GpuDecoder:
         bucket = bucket_of(inputs)
         self._reserve(inputs)
         if bucket.images and inputs.image_features is not None:
-            self._program.write_features(inputs.image_features)
+            self.program.write_features(inputs.image_features)
         per_pass = max(1, MAX_LOGIT_ROWS // bucket.rows)
         wanted = inputs.logit_positions.shape[1]
         passes = [slice(start, start + per_pass) for start in range(0, wanted, per_pass)]
@@ -133,11 +133,11 @@ class GpuDecoder:
         for index, positions in enumerate(passes):
             part = _positions(inputs, positions)
             head = bucket_of(part)
-            layout = StepLayout(head, self._program.mask_words)
-            self._device.write(self._program.words(layout.num_words), layout.pack(part))
+            layout = StepLayout(head, self.program.mask_words)
+            self._device.write(self.program.words(layout.num_words), layout.pack(part))
             if index == 0:
-                self._replay(("layers", bucket.body), functools.partial(self._program.layers, head, layout))
-            self._replay(("head", head), functools.partial(self._program.head, head, layout))
+                self._replay(("layers", bucket.body), functools.partial(self.program.layers, head, layout))
+            self._replay(("head", head), functools.partial(self.program.head, head, layout))
             outputs.append(self._read(part, head, want_logits))
         found = _join_positions(outputs)
         if inputs.attention_block:
@@ -153,20 +153,20 @@ class GpuDecoder:
         ]
         for slot, past, _ in rows:
             if past == 0:
-                self._kv.release(slot)
-        self._kv.reserve([(slot, past + query) for slot, past, query in rows])
+                self.kv.release(slot)
+        self.kv.reserve([(slot, past + query) for slot, past, query in rows])
 
     def _replay(self, key: object, steps: Callable[[], Sequence[Launch | Operation]]) -> None:
-        if key not in self._recordings:
-            if len(self._recordings) >= MAX_RECORDINGS:
-                self._recordings.pop(next(iter(self._recordings))).close()
-            self._recordings[key] = self._device.record(steps())
-        self._recordings[key].replay()
+        if key not in self.recordings:
+            if len(self.recordings) >= MAX_RECORDINGS:
+                self.recordings.pop(next(iter(self.recordings))).close()
+            self.recordings[key] = self._device.record(steps())
+        self.recordings[key].replay()
 
     def _read(self, inputs: StepInputs, bucket: Bucket, want_logits: bool) -> StepOutputs:
         """What one pass of the head left, without the padding."""
         rows, wanted = inputs.logit_positions.shape
-        results = self._program.results(bucket)
+        results = self.program.results(bucket)
         words = self._device.read(results.words)
 
         def part(field: Tensor) -> NDArray[Any]:
@@ -194,7 +194,7 @@ class GpuDecoder:
         if per_block * PAGE_TOKENS != inputs.attention_block:
             raise InternalError(f"attention masses of {inputs.attention_block} tokens; pages have {PAGE_TOKENS}")
         blocks = -(-longest // inputs.attention_block)
-        by_page = self._program.read_masses(len(inputs.past_len), -(-longest // PAGE_TOKENS))
+        by_page = self.program.read_masses(len(inputs.past_len), -(-longest // PAGE_TOKENS))
         padded = np.zeros((len(by_page), blocks * per_block), np.float32)
         padded[:, : by_page.shape[1]] = by_page
         masses: NDArray[np.float32] = padded.reshape(len(by_page), blocks, per_block).sum(axis=2)
@@ -209,7 +209,7 @@ class GpuDecoder:
             InternalError: no such slot, or more tokens than one holds.
         """
         self._device.activate()
-        return self._kv.export_slot(slot, length)
+        return self.kv.export_slot(slot, length)
 
     def import_slot(self, slot: int, state: SlotState) -> None:
         """See `DecoderRuntime.import_slot`.
@@ -218,7 +218,7 @@ class GpuDecoder:
             InternalError: no such slot, or a state of another runtime.
         """
         self._device.activate()
-        self._kv.import_slot(slot, state)
+        self.kv.import_slot(slot, state)
 
     def export_block(self, slot: int, start: int, into: memoryview) -> None:
         """See `DecoderRuntime.export_block`.
@@ -227,7 +227,7 @@ class GpuDecoder:
             InternalError: no such slot or block, or a buffer of another size.
         """
         self._device.activate()
-        self._kv.export(self._kv.block(slot, start), into)
+        self.kv.export(self.kv.block(slot, start), into)
 
     def export_tail(self, slot: int, length: int, into: memoryview) -> None:
         """See `DecoderRuntime.export_tail`.
@@ -236,7 +236,7 @@ class GpuDecoder:
             InternalError: no such slot, more tokens than one holds, or a buffer of another size.
         """
         self._device.activate()
-        self._kv.export(self._kv.tail(slot, length), into)
+        self.kv.export(self.kv.tail(slot, length), into)
 
     def import_blocks(
         self, slot: int, blocks: Sequence[memoryview], tail: memoryview, length: int, *, keep: int | None = None
@@ -250,12 +250,12 @@ class GpuDecoder:
         if len(blocks) != length // size or not max(0, length - 1) <= kept <= length:
             raise InternalError(f"{len(blocks)} blocks of {size} tokens for {kept} of {length} tokens")
         self._device.activate()
-        tail_pieces = self._kv.tail(slot, length)  # checked before anything is reserved
-        self._kv.reserve([(slot, length)])
+        tail_pieces = self.kv.tail(slot, length)  # checked before anything is reserved
+        self.kv.reserve([(slot, length)])
         for index, block in enumerate(blocks):
-            self._kv.import_(self._kv.block(slot, index * size), block)
-        tail_pieces = self._kv.tail(slot, length)
-        self._kv.import_(tail_pieces, tail)
+            self.kv.import_(self.kv.block(slot, index * size), block)
+        tail_pieces = self.kv.tail(slot, length)
+        self.kv.import_(tail_pieces, tail)
 
     def max_draft(self, past_len: int, wanted: int) -> int:
         """See `DecoderRuntime.max_draft`: a ring keeps its window while a few more tokens are written."""
@@ -264,7 +264,7 @@ class GpuDecoder:
     def close(self) -> None:
         """Free everything on the device."""
         self._device.activate()
-        self._recordings.clear()
+        self.recordings.clear()
         self._device.close()
 
 

@@ -16,7 +16,7 @@ from python_backends.errors import InternalError
 from python_backends.manifest import ModelShape
 from python_backends.runtime.gpu.device_weights import DeviceWeights
 from python_backends.runtime.gpu.inputs import DECODE_POSITIONS, Bucket, StepLayout
-from python_backends.runtime.gpu.kernels import decode_attention, embed, prefill_attention, rope, sampling
+from python_backends.runtime.gpu.kernels import choice, decode_attention, embed, norm, prefill_attention, rope
 from python_backends.runtime.gpu.kernels.paging import LayerKv, Rows
 from python_backends.runtime.gpu.kv import PagedKv
 from python_backends.runtime.gpu.launch import Device, Launch, Operation, Tensor
@@ -38,9 +38,9 @@ class Products(Protocol):
         ...
 
     def between(self, layer: int, tokens: int, attended: Tensor, stream: Tensor) -> tuple[list[Step], Tensor | None]:
-        """A layer's attention output [M, H·hd] → the stream behind the layer, in place, and the next layer's packed qkv.
+        """A layer's attention output [M, H·hd] → the stream behind the layer, in place, and the next layer's qkv.
 
-        After the last layer there is no qkv.
+        After the last layer there is none.
         """
         ...
 
@@ -87,7 +87,7 @@ class Program:
         self._logits = device.allocate("fp32", max_logit_rows, model.vocab_size)
         self._adjusted = device.allocate("fp32", max_logit_rows, model.vocab_size)
         self._results = device.allocate("i32", 2 * max_logit_rows * (1 + MAX_TOP_N))
-        self._sampling = sampling.Scratch.allocate(device, max_logit_rows, model.vocab_size)
+        self._choice_scratch = choice.Scratch.allocate(device, max_logit_rows, model.vocab_size)
         self._features = device.allocate("fp32", max_tokens if model.image else 1, model.hidden_size)
         global_layers = [layer for layer, kind in enumerate(model.layer_types) if kind == "global"]
         self._observed = global_layers[len(global_layers) // 2]
@@ -206,16 +206,38 @@ class Program:
         wants_mass = bucket.mass and layer == self._observed
         mass = decode_attention.Mass(self._masses.view(0, bucket.rows, self._masses.shape[1]), kv.page_tokens)
         if bucket.is_decode:
-            return steps + [
-                *decode_attention.decode_attention(
-                    query, kv, rows, output, self._scratch, capability=capability, mass=mass if wants_mass else None
-                )
-            ]
-        steps += prefill_attention.prefill_attention(
-            query, fresh, kv, rows, output, image_group=group, capability=capability
+            steps += decode_attention.decode_attention(
+                query, kv, rows, output, self._scratch, capability=capability, mass=mass if wants_mass else None
+            )
+            return steps
+        steps.append(
+            prefill_attention.prefill_attention(
+                query, fresh, kv, rows, output, image_group=group, capability=capability
+            )
         )
         if not at_once:
             steps.append(rope.append(fresh, rows, kv))
         if wants_mass:
             steps += decode_attention.last_query_mass(query, kv, rows, self._scratch, mass, capability=capability)
         return steps
+
+    # --- the head ---------------------------------------------------------------------------------------------
+
+    def head(self, bucket: Bucket, layout: StepLayout) -> list[Step]:
+        """From the stream to tokens and their log-probabilities."""
+        inputs, results, model = layout.tensors(self._words), self.results(bucket), self._model
+        stream = self.stream.view(0, bucket.tokens, model.hidden_size)
+        normed = self._normed.view(0, bucket.logit_rows, model.hidden_size)
+        gamma = self._weights.vector(Names.NORM)
+        return [
+            norm.gather_norm(stream, inputs["logit_positions"], gamma, normed, epsilon=self._weights.epsilon),
+            *self._products.logits(normed, results.logits),
+            *choice.choose(
+                results.logits,
+                results.logits,
+                inputs["targets"],
+                self._choice_scratch,
+                results.next_token,
+                results.logprob,
+            ),
+        ]

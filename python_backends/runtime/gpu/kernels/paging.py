@@ -112,5 +112,4 @@ def tile_rows(
     tokens = tl.arange(0, BLOCK)
     if BLOCK > PAGE:
         return tl.where(tokens < PAGE, first, second) * PAGE_STRIDE + (tokens % PAGE) * HD
-    else:
-        return (first * PAGE_STRIDE + (tile % (PAGE // BLOCK)) * (BLOCK * HD)) + tokens * HD
+    return (first * PAGE_STRIDE + (tile % (PAGE // BLOCK)) * (BLOCK * HD)) + tokens * HD
