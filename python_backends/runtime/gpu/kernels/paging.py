@@ -111,5 +111,17 @@ def tile_rows(
     """Where the tokens of a tile begin in head 0 of the keys, in elements: int64 [BLOCK]."""
     tokens = tl.arange(0, BLOCK)
     if BLOCK > PAGE:
-        return tl.where(tokens < PAGE, first, second) * PAGE_STRIDE + (tokens % PAGE) * HD
-    return (first * PAGE_STRIDE + (tile % (PAGE // BLOCK)) * (BLOCK * HD)) + tokens * HD
+        rows = tl.where(tokens < PAGE, first, second) * PAGE_STRIDE + (tokens % PAGE) * HD
+    else:
+        rows = (first * PAGE_STRIDE + (tile % (PAGE // BLOCK)) * (BLOCK * HD)) + tokens * HD
+    return rows
+
+
+@jit
+def widened(values, dtype: tl.constexpr):
+    """Keys or values of a page as the type of a product. Cards of capability 8.9 convert 8 bits to float16 alone."""
+    if values.dtype == tl.float8e4nv and dtype == tl.bfloat16:
+        result = values.to(tl.float16).to(tl.float32).to(dtype)
+    else:
+        result = values.to(dtype)
+    return result

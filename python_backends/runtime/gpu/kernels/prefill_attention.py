@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from python_backends.runtime.gpu.kernels.lang import cdiv, jit, power_of_two, tl
-from python_backends.runtime.gpu.kernels.paging import LayerKv, Rows, tile_pages, tile_rows
+from python_backends.runtime.gpu.kernels.paging import LayerKv, Rows, tile_pages, tile_rows, widened
 from python_backends.runtime.gpu.launch import DTYPES, Launch, Tensor
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -64,7 +64,7 @@ def _attend(
             keys = tl.load(keys_at + at, mask=alive[:, None], other=0.0)
         else:
             keys = tl.load(keys_at + at)
-        scores = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(widened(keys, q.dtype)), input_precision="ieee")
         if MASKED:
             seen = alive[None, :]
             if CAUSAL:
@@ -89,7 +89,7 @@ def _attend(
         else:
             values = tl.load(values_at + at)
         weighted = weighted * keep[:, None]
-        weighted = tl.dot(shares.to(q.dtype), values.to(q.dtype), weighted, input_precision="ieee")
+        weighted = tl.dot(shares.to(q.dtype), widened(values, q.dtype), weighted, input_precision="ieee")
     return weighted, denominator, maximum
 
 
@@ -258,16 +258,11 @@ def candidates(query: Tensor, kv: LayerKv, rows: Rows, capability: int) -> list[
     ]
 
 
-_HOPPER = (
-    (128, 64, 8, 3),
-    (128, 128, 8, 2),
-    (128, 64, 4, 3),
-    (64, 64, 4, 3),
-    (64, 128, 4, 2),
-)
-_HOPPER_WIDE = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 3), (64, 32, 4, 3))
-_ADA = ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 4, 2), (128, 64, 4, 2))
-_ADA_WIDE = ((64, 32, 4, 2), (128, 32, 8, 2), (64, 64, 8, 1), (64, 32, 8, 2))
+_HOPPER = ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 4), (64, 128, 4, 2))
+_HOPPER_WIDE = ((128, 32, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 3), (128, 32, 8, 4))
+_ADA = ((128, 32, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 3))
+_ADA_WIDE = ((64, 32, 8, 2), (64, 64, 8, 1), (64, 32, 4, 2), (64, 16, 4, 3), (64, 16, 8, 3))
+"""(block_m, block_n, warps, stages), by card and by head_dim: 128, or 256."""
 
 
 def prefill_attention(
