@@ -126,7 +126,7 @@ def test_angles_of_any_context_are_reduced_exactly() -> None:
     fresh = device.allocate("fp32", 16, 2, 16)
     tensors = [upload(device, "fp32", values) for values in (heads.reshape(16, -1), ones, ones, frequency)]
     device.launch(
-        rope.rope_append(*tensors, case.rows, case.kv, query, fresh, epsilon=0.0, append=False, heads_per_program=4)
+        rope.rope_append(*tensors, case.rows, case.kv, query, fresh, epsilon=1e-12, append=False, heads_per_program=4)
     )
     found = device.read(query)[:, 0, [0, 8]] / np.sqrt(2.0)
     exact = np.array(case.past_len, np.float64)
