@@ -321,7 +321,9 @@ def default_config(
     longest = (kv.window or kv.table.shape[1] * kv.page_tokens) + rows.positions
     if not kv.window and rows.batch > 1:
         splits = max(splits, 4)
-    block = min(kv.page_tokens, 64 if kv.head_dim <= 128 or capability >= 90 else 32)
+    row_bytes = kv.head_dim * _item_bytes(kv)
+    block = 64 if row_bytes <= (512 if capability >= 90 else 256) else 32 if row_bytes <= 512 else 16
+    block = min(kv.page_tokens, block)
     tiles = cdiv(longest, block) + 1
     share = 1 if rows.batch == 1 else 2
     stages = 3 if capability >= 90 else 2

@@ -247,7 +247,7 @@ def candidates(query: Tensor, kv: LayerKv, rows: Rows, capability: int) -> list[
     """Configurations worth timing, the best guess first."""
     wide, item = kv.head_dim > 128, DTYPES[query.dtype].itemsize
     if item == 4:  # no tensor cores: small tiles
-        found = [PrefillConfig(32, 32, 4, 1), PrefillConfig(64, 32, 8, 1)]
+        found = [PrefillConfig(16, 16, 4, 1)] if wide else [PrefillConfig(32, 16, 8, 1), PrefillConfig(32, 32, 8, 1)]
     elif capability >= 90:
         found = [PrefillConfig(*sizes) for sizes in (_HOPPER_WIDE if wide else _HOPPER)]
     else:

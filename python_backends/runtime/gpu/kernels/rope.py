@@ -117,9 +117,9 @@ def rope_append_kernel(
     if APPEND and (offset < num_queries) & (offset >= num_queries - WIDTH * PAGE):
         position = past + offset
         page = page_number(table + (tl.load(slot_base) + row) * WIDTH, position // PAGE, WIDTH)
-        to = pages + page * PAGE_STRIDE + (position % PAGE) * HD + (lane * (PAGE * HD))[:, None] + half[None, :]
-        tl.store(to, rotated.to(pages.dtype.element_ty), mask=keep)
-        tl.store(to + HD // 2, rotated2.to(pages.dtype.element_ty), mask=keep)
+        place = pages + page * PAGE_STRIDE + (position % PAGE) * HD + (lane * (PAGE * HD))[:, None] + half[None, :]
+        tl.store(place, rotated.to(pages.dtype.element_ty), mask=keep)
+        tl.store(place + HD // 2, rotated2.to(pages.dtype.element_ty), mask=keep)
 
 
 @jit
