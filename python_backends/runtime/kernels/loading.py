@@ -41,12 +41,12 @@ def accelerate(path: Path, options: onnxruntime.SessionOptions, choice: str = "a
 @functools.cache
 def _checked_library() -> Path | None:
     """The library, if this machine can have one and it multiplies correctly."""
-    lacking = cpu.missing()
-    if lacking:
-        _log.info("the CPU lacks %s: ONNX Runtime's kernels run", ", ".join(lacking))
+    variant = cpu.variant()
+    if variant is None:
+        _log.info("the CPU lacks %s: ONNX Runtime's kernels run", ", ".join(cpu.missing()))
         return None
     try:
-        compiled = library()
+        compiled = library(variant)
         check(compiled)
     except InternalError as error:
         _log.warning("ONNX Runtime's slower kernels run: %s", error.message)
@@ -55,4 +55,6 @@ def _checked_library() -> Path | None:
 
 
 def _instructions() -> str:
+    if cpu.variant() is cpu.Variant.AVX2:
+        return "own kernels (AVX2)"
     return "own kernels (AVX-512 VNNI and AMX)" if cpu.has_amx() else "own kernels (AVX-512 VNNI)"
