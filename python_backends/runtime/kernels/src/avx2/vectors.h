@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "eights.h"
+
 namespace wicore {
 
 constexpr bool kTiles = false;
@@ -60,13 +62,7 @@ inline Floats absolute(Floats x) {
   return {_mm256_andnot_ps(sign, x.low), _mm256_andnot_ps(sign, x.high)};
 }
 
-// The eight lanes in a fixed order of additions.
-inline float sum_of(__m256 x) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-inline float sum_of(Floats x) { return sum_of(_mm256_add_ps(x.low, x.high)); }
+inline float sum_of(Floats x) { return sum_of_eight(_mm256_add_ps(x.low, x.high)); }
 inline float largest_of(Floats x) {
   const __m256 eight = _mm256_max_ps(x.low, x.high);
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
