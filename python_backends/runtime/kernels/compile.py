@@ -13,32 +13,37 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from python_backends.errors import InternalError
+from python_backends.runtime.kernels.cpu import Variant
 
 _SOURCES = Path(__file__).parent / "src"
 _COMPILERS = ("g++", "clang++", "c++")
 _OPTIONS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 finds some in its own intrinsics
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mf16c", "-mfma", "-mbmi2"),
+    *("-mavx2", "-mf16c", "-mfma"),
 )
+_VARIANT_OPTIONS = {
+    Variant.AVX2: (),
+    Variant.AVX512: ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mbmi2"),
+}
 _AMX_OPTIONS = ("-mamx-tile", "-mamx-int8", "-mamx-bf16", "-mavx512bf16")
 _AMX_SOURCES = frozenset(("amx_tiles.cc", "amx_integer_gemm.cc", "float_gemm.cc"))
 _SECONDS = 120
 
 
-def library() -> Path:
-    """The compiled library; compiled now where the cache has none that fits.
+def library(variant: Variant) -> Path:
+    """The library compiled for the instructions of ``variant``; compiled now where the cache has none that fits.
 
     Raises:
         InternalError: no compiler, or one that fails; the message says what to do.
     """
     compiler = _compiler()
     folder = _cache_folder()
-    path = folder / f"kernels-{_key(compiler)}.so"
+    path = folder / f"kernels-{variant}-{_key(compiler)}.so"
     if path.is_file() and _ours(path):
         return path
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = _compile(compiler, Path(scratch))
+        built = _compile(compiler, variant, Path(scratch))
         os.replace(built, path)  # another process may do the same: either file will do
     return path
 
@@ -56,24 +61,27 @@ def _compiler() -> str:
 def _key(compiler: str) -> str:
     """What the library is made of, as a short hash."""
     digest = hashlib.sha256()
-    for part in (compiler, _run([compiler, "--version"]), *_OPTIONS, *_AMX_OPTIONS):
+    options = [option for of_variant in _VARIANT_OPTIONS.values() for option in of_variant]
+    for part in (compiler, _run([compiler, "--version"]), *_OPTIONS, *options, *_AMX_OPTIONS):
         digest.update(part.encode() + b"\0")
-    for source in sorted(_SOURCES.iterdir()):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    for source in sorted(path for path in _SOURCES.rglob("*") if path.is_file()):
+        digest.update(str(source.relative_to(_SOURCES)).encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def _compile(compiler: str, folder: Path) -> Path:
-    """Every source on its own, two at a time, and the library from them."""
+def _compile(compiler: str, variant: Variant, folder: Path) -> Path:
+    """Every source on its own, several at a time, and the library from them."""
+    sources = [*_SOURCES.glob("*.cc"), *(_SOURCES / variant).glob("*.cc")]
 
     def work(source: Path) -> str:
-        options = [*_OPTIONS, *(_AMX_OPTIONS if source.name in _AMX_SOURCES else ())]
+        amx = variant is Variant.AVX512 and source.name in _AMX_SOURCES
+        options = [*_OPTIONS, *_VARIANT_OPTIONS[variant], *(_AMX_OPTIONS if amx else ())]
         target = folder / f"{source.stem}.o"
-        _run([compiler, *options, "-c", str(source), "-o", str(target)])
+        _run([compiler, f"-I{_SOURCES}", *options, "-c", str(source), "-o", str(target)])
         return str(target)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(work, sorted(_SOURCES.glob("*.cc"))))
+        objects = list(pool.map(work, sorted(sources)))
     library = folder / "kernels.so"
     _run([compiler, "-shared", "-pthread", *objects, "-o", str(library)])
     return library

@@ -7,11 +7,12 @@ from pathlib import Path
 import onnx
 from onnx import helper
 
+from python_backends.runtime.kernels.attention_fusion import exchange_attention
 from python_backends.runtime.kernels.fusion import fuse_layers
 from python_backends.runtime.kernels.graph import DOMAIN, Graph, Matrix
 
 
-def rewrite(path: Path, threads: int) -> tuple[bytes, int]:
+def rewrite(path: Path, threads: int, *, attention: bool = False) -> tuple[bytes, int]:
     """The model with its quantized products exchanged, and how many they were.
 
     Its initializers still name the weight file relative to ``path``: a session made from the bytes needs
@@ -20,9 +21,12 @@ def rewrite(path: Path, threads: int) -> tuple[bytes, int]:
     Args:
         path: the model; external weights are not read.
         threads: intra-op threads of the session.
+        attention: exchange the attentions, too, where products are exchanged.
     """
     model = onnx.load(str(path), load_external_data=False)
     exchanged = exchange(model.graph, threads)
+    if exchanged and attention:
+        exchange_attention(Graph(model.graph), threads)
     if exchanged:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return model.SerializeToString(), exchanged

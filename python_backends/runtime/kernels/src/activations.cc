@@ -1,11 +1,9 @@
 #include "activations.h"
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <limits>
 
-#include "lanes.h"
+#include "vectors.h"
 
 namespace wicore {
 namespace {
@@ -36,27 +34,27 @@ void QuantizedRows::fill(const Shape& shape, int64_t row, const float* x) const 
 }
 
 void QuantizedRows::fill_block(const Shape& shape, int64_t row, int64_t block, const float* x, int64_t count) const {
-  const int64_t vectors = shape.block / 16;
+  const int64_t vectors = shape.block / kLanes;
   int8_t* to = values + row * padded_k + block * shape.block;
-  __m512 piece[kMaxBlock / 16];
-  __m512 largest = _mm512_setzero_ps();
-  __mmask16 broken = 0;  // NaN and infinities, which make the whole block NaN
+  Floats piece[kMaxBlock / kLanes];
+  Floats largest = zeros();
+  bool broken = false;  // NaN and infinities, which make the whole block NaN
   for (int64_t i = 0; i < vectors; ++i) {
-    piece[i] = _mm512_maskz_loadu_ps(lanes(count - i * 16), x + i * 16);
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(piece[i]));
-    broken |= _mm512_fpclass_ps_mask(piece[i], 0x99);
+    piece[i] = load(x + i * kLanes, lanes(count - i * kLanes));
+    largest = larger(largest, absolute(piece[i]));
+    broken |= any_not_finite(piece[i]);
   }
-  const float top = _mm512_reduce_max_ps(largest);
+  const float top = largest_of(largest);
   const bool dead = broken || top < kSmallest;
-  const __m512 inverse = _mm512_set1_ps(dead ? 0.0f : 127.0f / top);
-  __m512i sum = _mm512_setzero_si512();
+  const Floats inverse = splat(dead ? 0.0f : 127.0f / top);
+  Integers sum = no_integers();
   for (int64_t i = 0; i < vectors; ++i) {
-    const __m512i rounded = broken ? sum : _mm512_cvtps_epi32(_mm512_mul_ps(piece[i], inverse));
-    sum = _mm512_add_epi32(sum, rounded);
-    _mm_store_si128(reinterpret_cast<__m128i*>(to + i * 16), _mm512_cvtsepi32_epi8(rounded));
+    const Integers rounded = broken ? sum : to_integers(mul(piece[i], inverse));
+    sum = add(sum, rounded);
+    store_int8(to + i * kLanes, rounded);
   }
   scales[row * blocks + block] = broken ? std::numeric_limits<float>::quiet_NaN() : dead ? 0.0f : top / 127.0f;
-  corrections[row * blocks + block] = -shape.middle() * _mm512_reduce_add_epi32(sum);
+  corrections[row * blocks + block] = -shape.middle() * sum_of(sum);
 }
 
 }  // namespace wicore

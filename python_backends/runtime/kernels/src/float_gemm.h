@@ -2,11 +2,10 @@
 // float32. Activations are rounded to 8 bits of mantissa, weights after their scale was applied.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstdint>
 
 #include "panels.h"
+#include "vectors.h"
 
 namespace wicore {
 
@@ -16,13 +15,15 @@ struct BrainRows {
   int64_t steps;  // of 32 along K
   int64_t pairs;  // of tiles, 32 rows each
 
-  static int64_t bytes(const Shape& shape, int64_t rows);
-  BrainRows(const Shape& shape, int64_t rows, uint8_t* memory);
+  static int64_t bytes(const Shape& shape, int64_t rows) { return (rows + 31) / 32 * steps_of(shape) * 2048; }
+  BrainRows(const Shape& shape, int64_t rows, uint8_t* memory)
+      : values(reinterpret_cast<uint16_t*>(memory)), steps(steps_of(shape)), pairs((rows + 31) / 32) {}
+  static int64_t steps_of(const Shape& shape) { return (shape.k + 31) / 32; }
 
   // Fills row `row` from x [K].
   void fill(const Shape& shape, int64_t row, const float* x) const;
   // Fills one K step of a row.
-  void fill_step(int64_t row, int64_t step, __m512 low, __m512 high) const;
+  void fill_step(int64_t row, int64_t step, Floats low, Floats high) const;
   // Zeroes the rows from `rows` on.
   void clear_from(int64_t rows) const;
 };
@@ -34,8 +35,9 @@ bool single_slice(const BrainRows& x);
 // Floats that the sums of one panel take.
 inline int64_t tiled_sums(const BrainRows& x) { return x.pairs * 1024; }
 
-// Bytes of weights unpacked at a time.
-int64_t unpacked_bytes();
+// Unpacked weights of so many steps fill 36 KiB of a first-level cache of 48 KiB.
+constexpr int64_t kChunkSteps = 18;
+constexpr int64_t kUnpackedBytes = kChunkSteps * 2048;
 
 // sums [count][pairs][2 row tiles][2 halves of the panel][16, 16] float32: all rows times `count` panels. `unpacked` is
 // scratch memory. The calling thread must hold `AmxTiles(64)`.

@@ -2,33 +2,26 @@
 
 #include <algorithm>
 
-#include "lanes.h"
 #include "norm.h"
 #include "operand.h"
+#include "vectors.h"
 
 namespace wicore {
 namespace {
 
 constexpr int64_t kTaskRows = 16;  // of a prompt
 
-void store_half(uint16_t* to, __mmask16 mask, __m512 value) {
-  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-
 void norm_and_rotate(const Heads& heads, const float* x, const float* gamma, const float* cosine, const float* sine,
                      uint16_t* out) {
   const int64_t half = heads.dim / 2;
-  const __m512 factor = _mm512_set1_ps(inverse_rms(x, heads.dim, heads.epsilon));
-  for (int64_t i = 0; i < half; i += 16) {
-    const __mmask16 mask = lanes(half - i);
-    const auto normed = [&](int64_t at) {
-      return _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + at), factor),
-                           _mm512_maskz_loadu_ps(mask, gamma + at));
-    };
-    const __m512 a = normed(i), b = normed(half + i);
-    const __m512 c = _mm512_maskz_loadu_ps(mask, cosine + i), s = _mm512_maskz_loadu_ps(mask, sine + i);
-    store_half(out + i, mask, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
-    store_half(out + half + i, mask, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+  const Floats factor = splat(inverse_rms(x, heads.dim, heads.epsilon));
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const Lanes which = lanes(half - i);
+    const auto normed = [&](int64_t at) { return mul(mul(load(x + at, which), factor), load(gamma + at, which)); };
+    const Floats a = normed(i), b = normed(half + i);
+    const Floats c = load(cosine + i, which), s = load(sine + i, which);
+    store_half(out + i, fmsub(a, c, mul(b, s)), which);
+    store_half(out + half + i, fmadd(b, c, mul(a, s)), which);
   }
 }
 
@@ -44,9 +37,9 @@ void split_row(const Heads& heads, int64_t row) {
     norm_and_rotate(heads, x, heads.key_gamma, cosine, sine, heads.key + (row * heads.kv_heads + head) * dim);
   }
   const int64_t width = heads.kv_heads * dim;
-  for (int64_t i = 0; i < width; i += 16) {
-    const __mmask16 mask = lanes(width - i);
-    store_half(heads.value + row * width + i, mask, _mm512_maskz_loadu_ps(mask, x + i));
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const Lanes which = lanes(width - i);
+    store_half(heads.value + row * width + i, load(x + i, which), which);
   }
 }
 

@@ -1,6 +1,6 @@
 // Products of int8 activations with a packed matrix, for decode steps: few rows, every weight read once.
 //
-// A row's result is the same, bit for bit, however many rows share the call and whichever of the two kernels computes
+// A row's result is the same, bit for bit, however many rows share the call and whichever kernel of a processor computes
 // it: dot products within a block are exact integers, and blocks are added in order with the same float32 operations.
 #pragma once
 
@@ -11,8 +11,9 @@
 
 namespace wicore {
 
-// out [rows, 32] float32, contiguous: the products of all rows with one panel. VPDPBUSD; any number of rows.
-void multiply_panel_vnni(const PackedMatrix& matrix, int64_t panel, const QuantizedRows& x, int64_t rows, float* out);
+// out [rows, 32] float32, contiguous: the products of all rows with one panel, by vector instructions; any number of rows.
+// avx512/ multiplies with VPDPBUSD, avx2/ with VPMADDUBSW.
+void multiply_panel_vector(const PackedMatrix& matrix, int64_t panel, const QuantizedRows& x, int64_t rows, float* out);
 
 // The same with AMX tiles. The calling thread must hold `AmxTiles(tile_k_bytes(matrix.shape()))`, and x must have been
 // made for a multiple of 16 rows, of which those from `rows` on may hold anything.

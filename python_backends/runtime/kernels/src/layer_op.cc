@@ -50,11 +50,11 @@ struct DecoderLayer::Buffers {
         packed(layer.heads_.heads ? carver.floats(rows * layer.next_projection_->shape().n) : nullptr) {}
 };
 
-bool DecoderLayer::is_uint8(size_t input) {
+ort::ElementType DecoderLayer::input_type(size_t input) {
   for (const size_t matrix : {kOutProjection, kGateUp, kDown, kNextProjection}) {
-    if (input == matrix || input == matrix + 2) return true;
+    if (input == matrix || input == matrix + 2) return ort::kUint8;
   }
-  return false;
+  return ort::kFloat;
 }
 
 DecoderLayer::DecoderLayer(const ort::Api& api, const ort::KernelInfo* info, bool to_heads) : api_(api) {

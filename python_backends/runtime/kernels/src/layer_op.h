@@ -25,9 +25,9 @@ class DecoderLayer {
  public:
   static constexpr const char* kName = "DecoderLayer";
   static constexpr size_t kInputs = 18, kOutputs = 2;
-  static bool is_uint8(size_t input);
+  static ort::ElementType input_type(size_t input);
+  static ort::ElementType output_type(size_t) { return ort::kFloat; }
   static bool is_required_input(size_t input) { return input == 0; }
-  static bool is_float16_output(size_t) { return false; }
 
   DecoderLayer(const ort::Api& api, const ort::KernelInfo* info) : DecoderLayer(api, info, false) {}
   void compute(ort::KernelContext* context) const;
@@ -73,7 +73,7 @@ class DecoderLayerToHeads : public DecoderLayer {
  public:
   static constexpr const char* kName = "DecoderLayerToHeads";
   static constexpr size_t kInputs = 22, kOutputs = 4;
-  static bool is_float16_output(size_t output) { return output > 0; }
+  static ort::ElementType output_type(size_t output) { return output ? ort::kFloat16 : ort::kFloat; }
 
   DecoderLayerToHeads(const ort::Api& api, const ort::KernelInfo* info) : DecoderLayer(api, info, true) {}
 };

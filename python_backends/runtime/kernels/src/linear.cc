@@ -1,14 +1,11 @@
 #include "linear.h"
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <vector>
 
-#include "lanes.h"
 #include "norm.h"
 #include "scratch.h"
-#include "vector_math.h"
+#include "vectors.h"
 
 namespace wicore {
 namespace {
@@ -28,13 +25,13 @@ int64_t tasks_of(int64_t items, int64_t per_task) { return (items + per_task - 1
 
 void write_panel(const Shape& shape, int64_t panel, const PanelSums& sums, int64_t rows, const float* bias, float* out) {
   const int64_t column = panel * kPanel;
-  const __mmask16 low = lanes(shape.n - column), high = lanes(shape.n - column - 16);
-  const __m512 low_bias = bias ? _mm512_maskz_loadu_ps(low, bias + column) : _mm512_setzero_ps();
-  const __m512 high_bias = bias ? _mm512_maskz_loadu_ps(high, bias + column + 16) : _mm512_setzero_ps();
+  const Lanes low = lanes(shape.n - column), high = lanes(shape.n - column - kLanes);
+  const Floats low_bias = bias ? load(bias + column, low) : zeros();
+  const Floats high_bias = bias ? load(bias + column + kLanes, high) : zeros();
   for (int64_t row = 0; row < rows; ++row) {
     float* to = out + row * shape.n + column;
-    _mm512_mask_storeu_ps(to, low, _mm512_add_ps(_mm512_loadu_ps(sums.low(row)), low_bias));
-    _mm512_mask_storeu_ps(to + 16, high, _mm512_add_ps(_mm512_loadu_ps(sums.high(row)), high_bias));
+    store(to, add(load(sums.low(row)), low_bias), low);
+    store(to + kLanes, add(load(sums.high(row)), high_bias), high);
   }
 }
 
@@ -45,10 +42,8 @@ void write_gated(const Operand& hidden, int64_t block, const PanelSums* sums) {
   for (int64_t row = 0; row < hidden.rows(); ++row) {
     for (int64_t i = 0; i < panels; ++i) {
       const PanelSums &gate = sums[2 * i], &up = sums[2 * i + 1];
-      _mm512_store_ps(values + i * kPanel,
-                      _mm512_mul_ps(gelu_tanh(_mm512_loadu_ps(gate.low(row))), _mm512_loadu_ps(up.low(row))));
-      _mm512_store_ps(values + i * kPanel + 16,
-                      _mm512_mul_ps(gelu_tanh(_mm512_loadu_ps(gate.high(row))), _mm512_loadu_ps(up.high(row))));
+      store(values + i * kPanel, mul(gelu_tanh(load(gate.low(row))), load(up.low(row))));
+      store(values + i * kPanel + kLanes, mul(gelu_tanh(load(gate.high(row))), load(up.high(row))));
     }
     hidden.fill_block(row, block, values);
   }
@@ -56,12 +51,11 @@ void write_gated(const Operand& hidden, int64_t block, const PanelSums* sums) {
 
 // out = x * factor * gamma, plus `base` where there is one.
 void scale_row(const float* x, float factor, const float* gamma, const float* base, float* out, int64_t width) {
-  for (int64_t i = 0; i < width; i += 16) {
-    const __mmask16 mask = lanes(width - i);
-    __m512 value = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(factor)),
-                                 _mm512_maskz_loadu_ps(mask, gamma + i));
-    if (base) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, base + i));
-    _mm512_mask_storeu_ps(out + i, mask, value);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const Lanes which = lanes(width - i);
+    Floats value = mul(mul(load(x + i, which), splat(factor)), load(gamma + i, which));
+    if (base) value = add(value, load(base + i, which));
+    store(out + i, value, which);
   }
 }
 

@@ -14,9 +14,9 @@ class QuantizedMatMul {
  public:
   static constexpr const char* kName = "QuantizedMatMul";
   static constexpr size_t kInputs = 5, kOutputs = 1;
-  static bool is_uint8(size_t input) { return input == 1 || input == 3; }
+  static ort::ElementType input_type(size_t input) { return input == 1 || input == 3 ? ort::kUint8 : ort::kFloat; }
+  static ort::ElementType output_type(size_t) { return ort::kFloat; }
   static bool is_required_input(size_t input) { return input < 3; }
-  static bool is_float16_output(size_t) { return false; }
 
   QuantizedMatMul(const ort::Api& api, const ort::KernelInfo* info);
   void compute(ort::KernelContext* context) const;

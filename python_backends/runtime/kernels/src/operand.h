@@ -17,7 +17,7 @@ constexpr int64_t kIntegerRows = 80;
 // Rows of a prompt that are multiplied at once; memory for activations stays bounded by it.
 constexpr int64_t kRowsAtOnce = 512;
 
-enum class Kernel { kVnni, kAmxInt8, kAmxBf16 };
+enum class Kernel { kVector, kAmxInt8, kAmxBf16 };
 
 // `rows` is of the whole product, of which a part may be multiplied at once.
 Kernel kernel_for(int64_t rows);
@@ -38,7 +38,7 @@ class Operand {
   int64_t rows() const { return rows_; }
   Kernel kernel() const { return kernel_; }
   // Whether a task should ask for all of its panels at once; see `single_slice`.
-  bool together() const { return kernel_ == Kernel::kAmxBf16 && !single_slice(brain_); }
+  bool together() const;
 
   const QuantizedRows& quantized() const { return quantized_; }
   const BrainRows& brain() const { return brain_; }

@@ -1,5 +1,6 @@
 // The custom ops as ONNX Runtime sees them.
 
+#include "attention_op.h"
 #include "kernel_info.h"
 #include "layer_op.h"
 #include "matmul_op.h"
@@ -17,16 +18,12 @@ CustomOp describe() {
   op.name = [](const CustomOp*) { return Kernel::kName; };
   op.execution_provider = [](const CustomOp*) -> const char* { return nullptr; };
   op.input_count = [](const CustomOp*) -> size_t { return Kernel::kInputs; };
-  op.input_type = [](const CustomOp*, size_t index) -> int {
-    return Kernel::is_uint8(index) ? ort::kUint8 : ort::kFloat;
-  };
+  op.input_type = [](const CustomOp*, size_t index) -> int { return Kernel::input_type(index); };
   op.input_characteristic = [](const CustomOp*, size_t index) -> int {
     return Kernel::is_required_input(index) ? ort::kRequired : ort::kOptional;
   };
   op.output_count = [](const CustomOp*) -> size_t { return Kernel::kOutputs; };
-  op.output_type = [](const CustomOp*, size_t index) -> int {
-    return Kernel::is_float16_output(index) ? ort::kFloat16 : ort::kFloat;
-  };
+  op.output_type = [](const CustomOp*, size_t index) -> int { return Kernel::output_type(index); };
   op.output_characteristic = [](const CustomOp*, size_t index) -> int {
     return index == 0 ? ort::kRequired : ort::kOptional;
   };
@@ -53,7 +50,7 @@ extern "C" __attribute__((visibility("default"))) wicore::ort::Status* RegisterC
   using namespace wicore;
   const ort::Api* api = base->get_api(ort::kApiVersion);
   static const ort::CustomOp ops[] = {describe<QuantizedMatMul>(), describe<DecoderLayer>(),
-                                      describe<DecoderLayerToHeads>()};
+                                      describe<DecoderLayerToHeads>(), describe<CachedAttention>()};
   static ort::CustomOpDomain* domain = nullptr;  // lives as long as the library: sessions refer to it
   return guarded(*api, [&] {
     if (!domain) {

@@ -20,7 +20,7 @@ struct SessionOptions;
 struct CustomOpDomain;
 struct CustomOp;
 
-enum ElementType : int { kFloat = 1, kUint8 = 2, kFloat16 = 10 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt32 = 6, kFloat16 = 10 };
 enum ErrorCode : int { kFail = 1 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 

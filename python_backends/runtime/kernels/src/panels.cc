@@ -91,7 +91,8 @@ void PackedMatrix::pack_weights(int64_t panel, const uint8_t* data) {
       for (int64_t k = 0; k < shape_.block; k += 4) {
         uint16_t four;  // q0 | q1 << 4 | q2 << 8 | q3 << 12
         std::memcpy(&four, from + k / 2, 2);
-        const uint32_t spread = _pdep_u32(four, 0x0f0f0f0fu);
+        uint32_t spread = (four | static_cast<uint32_t>(four) << 8) & 0x00ff00ffu;
+        spread = (spread | spread << 4) & 0x0f0f0f0fu;
         uint8_t* dword = to + k / 4 * kLine + i % 16 * 4;
         uint32_t old;
         std::memcpy(&old, dword, 4);

@@ -3,7 +3,7 @@
 // A weight W [N, K] comes as MatMulNBits stores it: unsigned q of 4 or 8 bits in blocks along K,
 // w = (q - zero_point) * scale. It is cut into panels of 32 output columns. A panel is one run of memory, read from
 // front to back: for every block a line of 32 float16 scales, then the block's weights in the order that both VPDPBUSD and
-// the AMX tiles want, four consecutive k of a column beside each other:
+// the AMX tiles want, four consecutive k of a column beside each other (AVX2 reads them by halves of a line):
 //   8 bits: for every 4 k two lines of 64 bytes, columns 0-15 and 16-31
 //   4 bits: for every 4 k one line, columns 0-15 in the lower halves of the bytes, 16-31 in the upper halves
 #pragma once

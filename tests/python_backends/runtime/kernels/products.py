@@ -8,6 +8,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from builders.quantize import Quantized, dequantize
+from python_backends.runtime.kernels.cpu import has_amx
 from python_backends.runtime.kernels.graph import DOMAIN
 from python_backends.runtime.kernels.rewrite import exchange
 
@@ -102,9 +103,10 @@ def multiply(session, x):
 def rounding_bound(x, weight, rows):
     """[M, N] how far a product may be from the exact one.
 
-    Up to 80 rows activations are rounded to int8, by at most half of 1/127 of the largest of their block; above, both
-    factors are rounded to bfloat16, by at most 2^-8 of their size (2^-9 each, weights and activations). Scales are
-    rounded to float16, by 2^-11 of their size. Sums of float32 lose about 2^-22 of the sum of magnitudes.
+    Up to 80 rows, and without AMX any number of them, activations are rounded to int8, by at most half of 1/127 of the
+    largest of their block; above, both factors are rounded to bfloat16, by at most 2^-8 of their size (2^-9 each,
+    weights and activations). Scales are rounded to float16, by 2^-11 of their size. Sums of float32 lose about 2^-22 of
+    the sum of magnitudes.
     """
     dense = np.abs(weight.dense())
     magnitude = np.abs(x.astype(np.float64)) @ dense.T
@@ -113,6 +115,6 @@ def rounding_bound(x, weight, rows):
     largest = padded.reshape(len(x), blocks, weight.block).max(-1)
     half_step = np.repeat(largest / 254, weight.block, axis=1)[:, : weight.inner]
     # The dot product of integers is taken before the zero point is subtracted, but exactly: only x is rounded.
-    activations = half_step @ dense.T * 1.001 if rows <= 80 else magnitude * 2.0**-7
+    activations = half_step @ dense.T * 1.001 if rows <= 80 or not has_amx() else magnitude * 2.0**-7
     # Blocks below 1e-30 count as zero.
     return activations + magnitude * (2.0**-11 + 2.0**-20) + 1e-30 * weight.inner * weight.step().max() * 256

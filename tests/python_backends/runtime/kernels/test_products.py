@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from python_backends.runtime.kernels import cpu
 from tests.python_backends.runtime.kernels.products import Weight, multiply, product_session, rounding_bound
 
 REPOSITORY = Path(__file__).parents[4]
@@ -94,8 +93,6 @@ def test_a_row_is_the_same_bit_for_bit_whatever_shares_its_call(compiled, bits, 
 
 
 def test_rows_of_a_long_prompt_do_not_depend_on_those_behind_them(compiled):
-    if not cpu.has_amx():
-        pytest.skip("prompts take the kernel of decode steps where there is no AMX")
     rng = np.random.default_rng(4)
     weight = Weight.random(rng, 96, 6912)
     session = product_session(weight, compiled)

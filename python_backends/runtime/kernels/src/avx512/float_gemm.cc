@@ -4,16 +4,14 @@
 
 #include <algorithm>
 
-#include "amx_tiles.h"
-#include "lanes.h"
-#include "scaling.h"
+#include "avx512/amx_tiles.h"
+#include "avx512/scaling.h"
 
 namespace wicore {
 namespace {
 
 constexpr int64_t kTileBytes = 1024;             // 16 rows of 64 bytes
 constexpr int64_t kStep = 32;                    // k of one tile
-constexpr int64_t kChunkSteps = 18;              // unpacked weights of so many steps fill 36 KiB of a 48 KiB cache
 // Of a second-level cache of 2 MiB: all activations of a product whose panels are computed one by one, or else a slice of
 // them beside the sums of many panels.
 constexpr int64_t kWholeBytes = 5 << 18, kSliceBytes = 5 << 17;
@@ -147,22 +145,15 @@ void multiply_steps(const PackedMatrix& matrix, int64_t panel, const BrainRows& 
 
 }  // namespace
 
-int64_t BrainRows::bytes(const Shape& shape, int64_t rows) {
-  return (rows + 31) / 32 * ((shape.k + kStep - 1) / kStep) * 2 * kTileBytes;
-}
-
-BrainRows::BrainRows(const Shape& shape, int64_t rows, uint8_t* memory)
-    : values(reinterpret_cast<uint16_t*>(memory)), steps((shape.k + kStep - 1) / kStep), pairs((rows + 31) / 32) {}
-
 void BrainRows::fill(const Shape& shape, int64_t row, const float* x) const {
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t left = shape.k - step * kStep;
-    fill_step(row, step, _mm512_maskz_loadu_ps(lanes(left), x + step * kStep),
-              _mm512_maskz_loadu_ps(lanes(left - 16), x + step * kStep + 16));
+    fill_step(row, step, load(x + step * kStep, lanes(left)),
+              load(x + step * kStep + 16, lanes(left - 16)));
   }
 }
 
-void BrainRows::fill_step(int64_t row, int64_t step, __m512 low, __m512 high) const {
+void BrainRows::fill_step(int64_t row, int64_t step, Floats low, Floats high) const {
   uint16_t* to = values + ((row / 32 * steps + step) * 32 + row % 32) * kStep;
   _mm512_store_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
 }
@@ -174,8 +165,6 @@ void BrainRows::clear_from(int64_t rows) const {
 }
 
 bool single_slice(const BrainRows& x) { return slice_steps(x) == x.steps; }
-
-int64_t unpacked_bytes() { return kChunkSteps * 2 * kTileBytes; }
 
 void multiply_panels_bf16(const PackedMatrix& matrix, const int64_t* panels, int64_t count, const BrainRows& x,
                           uint8_t* unpacked, float* sums) {

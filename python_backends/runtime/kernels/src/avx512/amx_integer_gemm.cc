@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "amx_tiles.h"
+#include "avx512/amx_tiles.h"
+#include "avx512/scaling.h"
 #include "integer_gemm.h"
-#include "scaling.h"
+
 
 namespace wicore {
 namespace {

@@ -1,10 +1,11 @@
+#include "integer_gemm.h"
+
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstring>
 
-#include "integer_gemm.h"
-#include "scaling.h"
+#include "avx512/scaling.h"
 
 namespace wicore {
 namespace {
@@ -107,7 +108,7 @@ constexpr RowsFunction kByRows[kMaxRows] = {multiply_rows<1>, multiply_rows<2>, 
 
 }  // namespace
 
-void multiply_panel_vnni(const PackedMatrix& matrix, int64_t panel, const QuantizedRows& x, int64_t rows, float* out) {
+void multiply_panel_vector(const PackedMatrix& matrix, int64_t panel, const QuantizedRows& x, int64_t rows, float* out) {
   // The passes are of equal size where possible: each reads the panel again, from the second-level cache.
   const int64_t passes = (rows + kMaxRows - 1) / kMaxRows;
   for (int64_t pass = 0, row = 0; pass < passes; ++pass) {

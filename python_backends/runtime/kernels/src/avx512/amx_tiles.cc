@@ -1,4 +1,4 @@
-#include "amx_tiles.h"
+#include "avx512/amx_tiles.h"
 
 #include <cpuid.h>
 #include <immintrin.h>
