@@ -89,7 +89,7 @@ class Config:
     image_hosts: str = ""
     """Hosts that the gateway may fetch pictures from, separated by commas; none: addresses are refused."""
 
-    enable_hmt: bool = False
+    enable_hmt: bool = True
     """Keep KV beyond the requests that computed it, in tiers: device, host and, with ``nvme_path``, disk."""
     kv_cache_share: float = 0.5
     """Of ``cpu_memory_gb``, what kept KV may take; the rest is for the slots of running sequences."""
