@@ -62,9 +62,9 @@ def make_inputs(
 def filler(count: int, end: int, max_draft: MaxDraft) -> int:
     """Tokens to put behind a chunk of ``count`` prompt tokens that ends at position ``end``: it is even then.
 
-    They are dropped as a rejected draft is. So whatever a prompt is cut into, and wherever the cache lets it resume, every
-    token is computed by the same kernels, and what it leaves is the same bit for bit; but for an odd chunk whose end is
-    the last token before a window cache evicts (one position in 128), where nothing can be dropped.
+    They are dropped as a rejected draft is. So whatever a prompt is cut into, and wherever the cache lets it resume,
+    every token is computed by the same kernels, and what it leaves is the same bit for bit; but for an odd chunk whose
+    end is the last token before a window cache evicts (one position in 128), where nothing can be dropped.
     """
     return min(count % 2, max_draft(end - 1, 1))
 

@@ -42,6 +42,8 @@ class Reused:
     """Positions within the prompt where a tail is wanted."""
     kept: int = 0
     """Blocks that the cache was given, or gave."""
+    prompt_tail: EntryKey | None = None
+    """Of the tail at the prompt's end, once it is kept."""
     visit: Visit | None = None
     """What the cache counts as one use."""
 
@@ -135,7 +137,9 @@ class Reuse:
         reused.ids.extend(sequence.tokens[len(reused.ids) : length])
         self._keep_blocks(reused, slot, length)
         if length in reused.tails or length == sequence.prompt_length:
-            self._keep_tail(reused, slot, length)
+            tail = self._keep_tail(reused, slot, length)
+            if length == sequence.prompt_length:
+                reused.prompt_tail = tail
 
     def pause(self, sequence: ActiveSequence, slot: int, length: int) -> None:
         """The sequence leaves its slot after ``length`` tokens, for a while or for good."""
@@ -149,7 +153,7 @@ class Reuse:
         self._keep_blocks(reused, slot, length)
         tail = self._keep_tail(reused, slot, length)
         if sequence.request.session and tail is not None:
-            self._cache.keep_session(sequence.request.session, tail)
+            self._cache.keep_session(sequence.request.session, tail, reused.prompt_tail)
 
     def observe(self, sequence: ActiveSequence, masses: Float32) -> None:
         """[blocks] attention that the newest token gave each block."""
