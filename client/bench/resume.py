@@ -1,8 +1,8 @@
 """A long conversation about a picture, resumed after a restart of the server, beside computing it anew.
 
 A real server answers all turns; the conversation is a session that is saved to disk, and the server is stopped. Then,
-in every round, a new server gets the next turn twice: once as the session goes on, once under a salt of its own, so that
-nothing held may serve it. Last, the files of the tier on disk are read plainly, one after the other.
+in every round, a new server gets the next turn twice: once as the session goes on, once under a salt of its own, so
+that nothing held may serve it. Last, the files of the tier on disk are read plainly, one after the other.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What can be asked for of a session's KV by name: show, pin, unpin, save, restore, prefetch, erase.
 
 ``save`` copies it to the disk tier and returns when it is there, so that it outlives the server; ``restore`` brings it
-into memory and returns when it is there; ``prefetch`` only begins that. ``pin`` keeps it, also what later requests of the
-session leave, until ``unpin``: written to disk as it comes, and never dropped.
+into memory and returns when it is there; ``prefetch`` only begins that. ``pin`` keeps it, also what later requests of
+the session leave, until ``unpin``: written to disk as it comes, and never dropped.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from python_backends.manifest import ModelShape
 USUAL_SLOTS, USUAL_CONTEXT, SHORTEST_CONTEXT = 4, 8192, 512
 SUM_ROWS = 128
 """ONNX Runtime's products on the CPU sum over a cache in pieces of so many rows. Window caches are moved by multiples
-of it, so that a token's place within its piece never changes: what a prompt leaves in a slot is then the same bit for bit
-however it was cut into chunks (`DecoderSpec.wants_even_chunks`)."""
+of it, so that a token's place within its piece never changes: what a prompt leaves in a slot is then the same bit for
+bit however it was cut into chunks (`DecoderSpec.wants_even_chunks`)."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ sight at once and frees it with the last pin.
 
 All of the buffer can be used whatever came and went: where no run is long enough for an entry but the free bytes
 suffice, extents that nobody pins are moved first (`extents.plan_relocation`). `defragment` does that ahead of need
-(`kv.defragmenter`). Copies run outside the lock; what takes part in one is marked, and only who wants that very entry waits.
+(`kv.defragmenter`). Copies run outside the lock; what takes part in one is marked, and only who wants that very entry
+waits.
 """
 
 from __future__ import annotations
