@@ -101,6 +101,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         query_pre_attn_scalar=168,
     ),
 }
+_OUTSIDE = ("architectures", "eos_token_id", "torch_dtype", "transformers_version", "vocab_size")
+"""Keys that a multimodal config has beside its text_config, and the vocabulary, which is larger by the image tokens."""
 TINY: dict[str, Any] = {
     **PUBLISHED["1b"],
     "head_dim": 32,
@@ -113,3 +115,15 @@ TINY: dict[str, Any] = {
     "vocab_size": 4096,
 }
 """No published shape: everything the 1B has, small enough to build and run in seconds."""
+SMALL_MULTIMODAL: dict[str, Any] = {
+    **_multimodal(**{key: value for key, value in PUBLISHED["1b"].items() if key not in _OUTSIDE}),
+    "vision_config": {
+        **_VISION,
+        "hidden_size": 192,
+        "image_size": 448,
+        "intermediate_size": 768,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+    },
+}
+"""No published shape: the 1B's text with a small vision tower, for conversations about pictures on a small machine."""

@@ -18,12 +18,12 @@ import numpy as np
 
 from builders.checkpoint import expected_shapes
 from builders.model_config import read_model_config
-from builders.published_configs import PUBLISHED, TINY
+from builders.published_configs import PUBLISHED, SMALL_MULTIMODAL, TINY
 from python_backends.errors import BuildError
 
 Shape = tuple[int, ...]
 
-SHAPES: dict[str, dict[str, Any]] = {"tiny": TINY, **PUBLISHED}
+SHAPES: dict[str, dict[str, Any]] = {"tiny": TINY, **PUBLISHED, "1b-vision": SMALL_MULTIMODAL}
 SHARD_BYTES = 5 * 10**9
 BLOCK = 2**21 - 9
 """Numbers that tensors are cut from. A prime, so that no two rows of a matrix begin at the same one."""

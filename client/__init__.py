@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from client.answer import Answer, Piece, PromptLogprobs, TokenLogprob, ToolCall, Usage
     from client.client import AsyncClient, Client
     from client.request import ImageLike, Messages, Options
+    from client.sessions import SessionState
     from python_backends.errors import WiCoreError
 
 __all__ = [
@@ -20,12 +21,13 @@ __all__ = [
     "Options",
     "Piece",
     "PromptLogprobs",
+    "SessionState",
     "TokenLogprob",
     "ToolCall",
     "Usage",
     "WiCoreError",
 ]
-_MODULES = ("client.answer", "client.client", "client.request", "python_backends.errors")
+_MODULES = ("client.answer", "client.client", "client.request", "client.sessions", "python_backends.errors")
 
 
 def __getattr__(name: str) -> object:

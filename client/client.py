@@ -25,12 +25,15 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from client.answer import Answer, AnswersBuilder, Piece, Progress, from_rpc, read_piece
 from client.connection import DEFAULT_ADDRESS
 from client.request import ImageLike, Messages, Options, generate_request, stop_request
+from client.sessions import SessionAction, SessionState, session_request, session_state
 from python_backends import contract
 from python_backends.errors import InvalidParameterError, ServerUnavailableError, WiCoreError
 
 TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 2.0
 """How long a stop may take."""
+SESSION_TIMEOUT_S = 90.0
+"""How long copying a session may take."""
 STOPPED = "stop"
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
@@ -211,6 +214,22 @@ class Client:
             raise from_rpc(error, self.address) from error
         return any(piece is not None and piece.finish_reason == STOPPED for piece in pieces)
 
+    def session(self, name: str, action: SessionAction = "show", *, cache_salt: str = "") -> SessionState:
+        """What the KV cache holds of a session (the requests that named it), after it was pinned, saved, restored …
+
+        Raises:
+            SessionNotFoundError: nothing is kept of it.
+            UnsupportedFeatureError: the server has no KV cache, or none on disk to save to.
+            WiCoreError: as the class says.
+        """
+        try:
+            call = self._stop_call(
+                session_request(name, action, cache_salt, new_request_id()), timeout=SESSION_TIMEOUT_S
+            )
+            return session_state([read_piece(response) for response in call])
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.address) from error
+
     def _leave(self, request_id: str) -> None:
         """Stop a request, unless somebody did. One stop is enough: the decoder remembers one that comes too early."""
         call = self._open.pop(request_id, None)
@@ -358,6 +377,15 @@ class AsyncClient:
         except grpc.RpcError as error:
             raise from_rpc(error, self.address) from error
         return any(piece is not None and piece.finish_reason == STOPPED for piece in pieces)
+
+    async def session(self, name: str, action: SessionAction = "show", *, cache_salt: str = "") -> SessionState:
+        """See `Client.session`."""
+        request = session_request(name, action, cache_salt, new_request_id())
+        try:
+            call = self._stub.ModelStreamInfer(iter([request]), timeout=SESSION_TIMEOUT_S)
+            return session_state([read_piece(response) async for response in call])
+        except grpc.RpcError as error:
+            raise from_rpc(error, self.address) from error
 
     def _leave(self, request_id: str) -> None:
         """Stop a request, unless somebody did, from a task of its own: the caller's may be cancelled."""

@@ -26,6 +26,7 @@ MAY_BE_ZERO = frozenset(
         "max_requests_per_minute",
         "nvme_memory_gb",
         "nvme_daily_writes_gb",
+        "kv_salt_quota_gb",
     )
 )
 CHOICES = {"cpu_kernels": ("auto", "onnxruntime")}
@@ -89,10 +90,12 @@ class Config:
     image_hosts: str = ""
     """Hosts that the gateway may fetch pictures from, separated by commas; none: addresses are refused."""
 
-    enable_hmt: bool = False
+    enable_hmt: bool = True
     """Keep KV beyond the requests that computed it, in tiers: device, host and, with ``nvme_path``, disk."""
     kv_cache_share: float = 0.5
     """Of ``cpu_memory_gb``, what kept KV may take; the rest is for the slots of running sequences."""
+    kv_salt_quota_gb: float = 0.0
+    """What the KV of one ``cache_salt`` may take on each tier (GB), so that nobody crowds others out; 0: no limit."""
     kv_block_tokens: int = 64
     """Tokens of a KV block."""
     hmt_eviction_policy: str = "a2cr"

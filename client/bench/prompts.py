@@ -35,6 +35,10 @@ class Prompts:
         self._tokenize = open_tokenizer(repository)
         self._rng = random.Random(seed)
 
+    def words(self, count: int) -> str:
+        """So many words of the vocabulary."""
+        return " ".join(self._rng.choices(self._words, k=count))
+
     def job(self, tokens: int, max_tokens: int) -> Job:
         """A prompt of ``tokens`` tokens, template and all; as near as its words come to that.
 

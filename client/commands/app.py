@@ -5,8 +5,8 @@ from __future__ import annotations
 import typer
 
 from builders.cli import build
-from client.commands import ask, chat, demo, keys, serve, stats
-from client.commands.bench import cache, engine, peers, tiers, triton
+from client.commands import ask, chat, demo, keys, serve, session, stats
+from client.commands.bench import cache, engine, peers, resume, tiers, triton
 from client.commands.bench import serve as bench_serve
 from client.commands.random_checkpoint import random_checkpoint
 
@@ -25,6 +25,7 @@ app.command("env")(serve.env)
 app.command("chat")(chat.chat)
 app.command("describe")(ask.describe)
 app.command("stats")(stats.stats)
+app.command("session")(session.session)
 app.command("random-checkpoint")(random_checkpoint)
 
 benches = typer.Typer(help="Measure speed and latency.", no_args_is_help=True, rich_markup_mode=None)
@@ -32,6 +33,7 @@ benches.command("cache")(cache.cache)
 benches.command("engine")(engine.engine)
 benches.command("serve")(bench_serve.serve)
 benches.command("peers")(peers.peers)
+benches.command("resume")(resume.resume)
 benches.command("tiers")(tiers.tiers)
 benches.command("triton")(triton.triton)
 app.add_typer(benches, name="bench")

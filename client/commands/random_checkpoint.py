@@ -13,7 +13,12 @@ from client.commands.terminal import Status, command, emit
 
 @command
 def random_checkpoint(
-    shape: Annotated[str, typer.Argument(help="tiny, 270m, 1b, 4b, 12b or 27b; from 4b on with the vision tower.")],
+    shape: Annotated[
+        str,
+        typer.Argument(
+            help="tiny, 270m, 1b, 4b, 12b or 27b, from 4b on with the vision tower; 1b-vision: a small one."
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(help="Folder to make.")],
     *,
     layers: Annotated[

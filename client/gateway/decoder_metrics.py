@@ -69,4 +69,34 @@ def _cache(cache: Mapping[str, Any] | None) -> Iterable[Metric]:
     tokens = CounterMetricFamily("wicore_kv_cache_prompt_tokens", "Prompt tokens by where from", labels=["source"])
     for source, count in cache["prompt_tokens"].items():
         tokens.add_metric([source], count)
-    yield from (used, limit, failures, tokens)
+    yield from (used, limit, failures, tokens, *_cache_traffic(cache))
+
+
+def _cache_traffic(cache: Mapping[str, Any]) -> Iterable[Metric]:
+    """Look-ups, moves and how fast they are, evictions, and pressure."""
+    pressure = GaugeMetricFamily("wicore_kv_cache_pressure", "Held bytes over usable bytes of a tier", labels=["tier"])
+    free = GaugeMetricFamily("wicore_kv_cache_largest_free_bytes", "Longest free run of a tier", labels=["tier"])
+    for tier, held in cache["tiers"].items():
+        pressure.add_metric([tier], held["pressure"])
+        free.add_metric([tier], held["largest_free_bytes"])
+    lookups = CounterMetricFamily("wicore_kv_cache_lookups", "Look-ups by why they found no more", labels=["missed"])
+    for missed, count in cache["lookups"].items():
+        lookups.add_metric([missed or "nothing"], count)
+    moves = CounterMetricFamily("wicore_kv_cache_moves", "Entries moved", labels=["link", "reason"])
+    moved = CounterMetricFamily("wicore_kv_cache_moved_bytes", "Bytes moved", labels=["link", "reason"])
+    evicted = CounterMetricFamily(
+        "wicore_kv_cache_evictions", "Entries that left the cache for others", labels=["tier"]
+    )
+    gone: dict[str, int] = dict.fromkeys(cache["tiers"], 0)
+    for label, count in cache["manager"]["moves"].items():
+        link, _, reason = label.partition("/")
+        moves.add_metric([link, reason], count)
+        moved.add_metric([link, reason], cache["manager"]["moved_bytes"][label])
+        if reason in ("drop", "orphan"):
+            gone[link.partition(">")[0]] += count
+    for tier, count in gone.items():
+        evicted.add_metric([tier], count)
+    speed = GaugeMetricFamily("wicore_kv_cache_bytes_per_second", "Measured bandwidth of a link", labels=["link"])
+    for link, measured in cache["mover"].get("bytes_per_s", {}).items():
+        speed.add_metric([link], measured)
+    yield from (pressure, free, lookups, moves, moved, evicted, speed)

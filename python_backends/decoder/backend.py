@@ -64,7 +64,7 @@ SCALARS = (
 )
 """Inputs that are parameters of the same name."""
 SESSION_COMMAND = "session."
-"""In front of what to do with the KV of a session: show, pin, unpin, prefetch, erase."""
+"""In front of what to do with the KV of a session (`kv.session_commands`)."""
 INPUTS = [tensor.name for tensor in contract.MODELS[contract.ENSEMBLE].inputs]
 LONGEST_NAME = 1024
 """Characters of a session's name or a salt."""
@@ -196,7 +196,8 @@ class TritonPythonModel:
             answer.send(Piece(json.dumps(self._engine.snapshot()), finish_reason="stop"))
             return
         if command.startswith(SESSION_COMMAND):
-            answer.send(Piece(json.dumps(self._session(request, command)), finish_reason="stop"))
+            work = functools.partial(self._session, request, command, answer)
+            self._preparing.submit(answer.guard, work)  # it may wait for disks
             return
         if command != "stop":
             raise InvalidParameterError(f"unknown command {command!r}; this version knows stop, stats and session.…")
@@ -206,12 +207,13 @@ class TritonPythonModel:
         found = self._engine.stop(request_id)
         answer.send(Piece("", finish_reason="stop" if found else "not_found"))
 
-    def _session(self, request: Any, command: str) -> dict[str, object]:
+    def _session(self, request: Any, command: str, answer: Answer) -> None:
         cache = self._engine.cache
         if cache is None:
             raise UnsupportedFeatureError("sessions need the KV cache; set enable_hmt in wicore.json")
         action = command.removeprefix(SESSION_COMMAND)
-        return cache.session(action, _word(request, "session"), _word(request, "cache_salt"))
+        found = cache.session(action, _word(request, "session"), _word(request, "cache_salt"))
+        answer.send(Piece(json.dumps(found), finish_reason="stop"))
 
 
 class Answer:

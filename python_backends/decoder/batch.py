@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,13 @@ from python_backends.runtime.base import DecoderSpec, StepInputs
 Sequences = Mapping[int, ActiveSequence]
 
 
-def make_inputs(step: Step, sequences: Sequences, spec: DecoderSpec, masks: NDArray[np.int32] | None) -> StepInputs:
+MaxDraft = Callable[[int, int], int]
+"""`DecoderRuntime.max_draft`."""
+
+
+def make_inputs(
+    step: Step, sequences: Sequences, spec: DecoderSpec, masks: NDArray[np.int32] | None, max_draft: MaxDraft
+) -> StepInputs:
     """The arrays of a step: row b is slot ``first slot + b``; a slot in between that is not in the step is idle.
 
     Args:
@@ -22,11 +28,16 @@ def make_inputs(step: Step, sequences: Sequences, spec: DecoderSpec, masks: NDAr
         sequences: by id.
         spec: of the runtime.
         masks: [slots, R, words] token masks, or None where no sequence of the step has a grammar.
+        max_draft: of the runtime.
     """
     first = step.rows[0].slot
     size = step.rows[-1].slot - first + 1
     chunks = {row.slot - first: _tokens(row, sequences[row.sequence_id]) for row in step.rows}
-    width = max(len(chunk) for chunk in chunks.values())
+    fill = 0
+    if step.kind == "prefill" and spec.wants_even_chunks:
+        (row,) = step.rows
+        fill = filler(row.count, row.start + row.count, max_draft)
+    width = fill + max(len(chunk) for chunk in chunks.values())
     wanted = max(_wanted(row, sequences[row.sequence_id]) for row in step.rows)
     inputs = _idle(first, size, width, wanted)
     for row in step.rows:
@@ -34,7 +45,7 @@ def make_inputs(step: Step, sequences: Sequences, spec: DecoderSpec, masks: NDAr
         sequence, chunk = sequences[row.sequence_id], chunks[index]
         inputs.input_ids[index, : len(chunk)] = chunk
         inputs.past_len[index] = row.start
-        inputs.query_len[index] = len(chunk)
+        inputs.query_len[index] = len(chunk) + fill
         # The last positions of the chunk, the one that draws the next token behind them all.
         inputs.logit_positions[index] = np.maximum(np.arange(len(chunk) - wanted, len(chunk)), 0)
         if row.samples:
@@ -46,6 +57,16 @@ def make_inputs(step: Step, sequences: Sequences, spec: DecoderSpec, masks: NDAr
     _fill_adjustments(inputs, step.rows, sequences)
     _fill_targets(inputs, step.rows, sequences)
     return inputs
+
+
+def filler(count: int, end: int, max_draft: MaxDraft) -> int:
+    """Tokens to put behind a chunk of ``count`` prompt tokens that ends at position ``end``: it is even then.
+
+    They are dropped as a rejected draft is. So whatever a prompt is cut into, and wherever the cache lets it resume,
+    every token is computed by the same kernels, and what it leaves is the same bit for bit; but for an odd chunk whose
+    end is the last token before a window cache evicts (one position in 128), where nothing can be dropped.
+    """
+    return min(count % 2, max_draft(end - 1, 1))
 
 
 def _tokens(row: Row, sequence: ActiveSequence) -> list[int]:

@@ -261,7 +261,7 @@ class Engine:
             if not self._move(step):
                 return None
             masks = self._masks.collect(step, self._sequences)
-            inputs = make_inputs(step, self._sequences, self.spec, masks)
+            inputs = make_inputs(step, self._sequences, self.spec, masks, self._runtime.max_draft)
             if self._observed(step):
                 inputs.attention_block = self._reuse.block_tokens
             start = time.perf_counter()

@@ -42,6 +42,8 @@ class Reused:
     """Positions within the prompt where a tail is wanted."""
     kept: int = 0
     """Blocks that the cache was given, or gave."""
+    prompt_tail: EntryKey | None = None
+    """Of the tail at the prompt's end, once it is kept."""
     visit: Visit | None = None
     """What the cache counts as one use."""
 
@@ -67,8 +69,14 @@ class Reuse:
         if self._cache is None:
             return None
         ids = self._cache.prompt_ids(request.input_ids, self._images(request), request.cache_salt)
-        limit = 0 if request.parameters.prompt_logprobs is not None else len(ids) - 1
+        limit = 0 if request.parameters.prompt_logprobs is not None else self._last_start(ids)
         return self._cache.look_up(ids, limit, self._token_seconds())
+
+    def _last_start(self, ids: PromptIds) -> int:
+        """Where the last chunk of a prompt may begin: its last token must be computed, and by the kernels of any other
+        (`batch.filler`)."""
+        alone = self._runtime.spec.wants_even_chunks and not self._runtime.max_draft(len(ids) - 1, 1)
+        return len(ids) - 2 if alone and ids.can_resume_at(len(ids) - 2) else len(ids) - 1
 
     def begin(self, sequence: ActiveSequence, hit: Hit | None) -> None:
         """Before the sequence is queued. ``hit`` is its own from now on; None for one that starts elsewhere."""
@@ -129,7 +137,9 @@ class Reuse:
         reused.ids.extend(sequence.tokens[len(reused.ids) : length])
         self._keep_blocks(reused, slot, length)
         if length in reused.tails or length == sequence.prompt_length:
-            self._keep_tail(reused, slot, length)
+            tail = self._keep_tail(reused, slot, length)
+            if length == sequence.prompt_length:
+                reused.prompt_tail = tail
 
     def pause(self, sequence: ActiveSequence, slot: int, length: int) -> None:
         """The sequence leaves its slot after ``length`` tokens, for a while or for good."""
@@ -143,7 +153,7 @@ class Reuse:
         self._keep_blocks(reused, slot, length)
         tail = self._keep_tail(reused, slot, length)
         if sequence.request.session and tail is not None:
-            self._cache.keep_session(sequence.request.session, tail)
+            self._cache.keep_session(sequence.request.session, tail, reused.prompt_tail)
 
     def observe(self, sequence: ActiveSequence, masses: Float32) -> None:
         """[blocks] attention that the newest token gave each block."""
@@ -205,4 +215,6 @@ class Reuse:
         for start in request.image_starts:
             if start < branch < start + self._image_tokens:
                 branch = start
-        return {at for at in (*ends, branch) if hit.length < at < len(request.input_ids)}
+        last = self._last_start(hit.ids)
+        odd = (last,) if last < len(hit.ids) - 1 else ()
+        return {at for at in (*ends, branch, *odd) if hit.length < at < len(request.input_ids)}

@@ -22,18 +22,21 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from python_backends.errors import EntryLostError, InvalidParameterError, SessionNotFoundError, TierError
+from python_backends.errors import EntryLostError, TierError
 from python_backends.kv import identity
 from python_backends.kv.blocks import TIERS, EntryId, EntryKey, Match, Move, Tier
+from python_backends.kv.costs import DISK_BYTES_PER_S
 from python_backends.kv.countdown import Countdown
 from python_backends.kv.hit import Hit
 from python_backends.kv.identity import ImageSpan, PromptIds
+from python_backends.kv.session_commands import SessionCommands
 from python_backends.kv.sessions import Sessions
 from python_backends.kv.tiers.base import MemoryStore, TierStore
 from python_backends.runtime.base import KvLayout
 
 if TYPE_CHECKING:
     from python_backends.kv.costs import LinkSpeeds
+    from python_backends.kv.defragmenter import Defragmenter
     from python_backends.kv.manager import KvManager
     from python_backends.kv.mover import Mover
     from python_backends.kv.policies.base import Visit
@@ -43,10 +46,9 @@ log = logging.getLogger("wicore")
 PAYLOAD_VERSION = 1
 MOVES_AT_ONCE = 16
 """Moves begun in one go; each that ends makes room for another."""
-LOAD_DEADLINE_S = 2.0
-"""After which a load from NVMe is a miss."""
+LOAD_DEADLINE_S, LOAD_PATIENCE = 2.0, 4.0
+"""A load from NVMe is a miss after so many seconds and so many times what it should take."""
 WRITE_DEADLINE_S = 30.0
-SESSION_ACTIONS = ("show", "pin", "unpin", "prefetch", "erase")
 URGENT, IDLE = 0, 1
 """Priorities of moves: a request waits; nobody does."""
 
@@ -62,6 +64,7 @@ class KvCache:
         mover: copies between tiers; None copies at once on the thread that asks (no waiting on disks then).
         clock: seconds, monotonic.
         session_file: where names of sessions outlive the server; None: nowhere.
+        defragmenter: of ``memory``; closed with the cache.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class KvCache:
         mover: Mover | None = None,
         clock: Callable[[], float] = time.monotonic,
         session_file: Path | None = None,
+        defragmenter: Defragmenter | None = None,
     ) -> None:
         self.layout = layout
         self._fingerprint = hashlib.sha256(f"{fingerprint}/{layout.identity}".encode()).digest()
@@ -81,6 +85,7 @@ class KvCache:
         self._stores = dict(stores)
         self._memory = dict(memory)
         self._mover = mover
+        self._defragmenter = defragmenter
         self._clock = clock
         self.lock = threading.RLock()
         """Of the books; held by nobody who reads or writes payloads."""
@@ -90,6 +95,7 @@ class KvCache:
         self._closed = False
         self._recover()
         self._sessions = Sessions(manager, session_file)
+        self._commands = SessionCommands(self, self._sessions, self._stores, clock)
 
     def _recover(self) -> None:
         """Take over what an earlier server left on disk."""
@@ -150,11 +156,15 @@ class KvCache:
 
     def prefetch(self, keys: Sequence[EntryKey], done: Callable[[], None]) -> None:
         """Bring entries into host memory; ``done`` is called once, maybe at once, maybe from another thread."""
-        with self.lock:
-            moves = self._begun(self._manager.plan_prefetch(keys, self.load_target, self._clock()))
-        pending = Countdown(len(moves), done)
+        moves = self.plan_prefetch(keys)
+        pending, deadline_s = Countdown(len(moves), done), self.load_deadline_s(moves)
         for move in moves:
-            self._run(move, URGENT, LOAD_DEADLINE_S, pending.tick)
+            self._run(move, URGENT, deadline_s, pending.tick)
+
+    def load_deadline_s(self, moves: Sequence[Move]) -> float:
+        """When loading is late: more is given where much is loaded."""
+        speed = DISK_BYTES_PER_S if self.speeds is None else self.speeds.bytes_per_s(("nvme", self.load_target))
+        return LOAD_DEADLINE_S + LOAD_PATIENCE * sum(move.key.num_bytes for move in moves) / speed
 
     @property
     def load_target(self) -> Tier:
@@ -215,42 +225,47 @@ class KvCache:
 
     # --- sessions -------------------------------------------------------------------------------------------------
 
-    def keep_session(self, session: str, tip: EntryKey) -> None:
-        """The newest request of a session ended with this tail; its salt is the tail's."""
+    def keep_session(self, session: str, tip: EntryKey, prompt: EntryKey | None) -> None:
+        """The newest request of a session ended with this tail, its prompt with the other; its salt is the tail's."""
         with self.lock:
-            self._sessions.keep(Sessions.name_of(session, tip.salt), tip)
+            self._sessions.keep(Sessions.name_of(session, tip.salt), tip, prompt)
         self.rebalance()
 
     def session(self, action: str, session: str, cache_salt: str = "") -> dict[str, object]:
-        """Pin, unpin, prefetch or erase what a session left, or just say what there is; JSON-ready.
+        """See `SessionCommands.carry_out`."""
+        return self._commands.carry_out(action, session, cache_salt)
 
-        Raises:
-            InvalidParameterError: no such action.
-            SessionNotFoundError: no such session, or nothing of it is left.
-        """
-        if action not in SESSION_ACTIONS:
-            raise InvalidParameterError(f"a session cannot {action!r}; it can {', '.join(SESSION_ACTIONS)}")
-        name = Sessions.name_of(session, identity.salt_hash(cache_salt))
+    @contextlib.contextmanager
+    def hold(self, keys: Sequence[EntryKey]) -> Iterator[None]:
+        """Entries stay where they are meanwhile; copies may be made."""
         with self.lock:
-            keys = self._sessions.keys(name)
-            if name not in self._sessions or not (keys or action == "erase"):
-                raise SessionNotFoundError(f"nothing is kept of the session {session!r}")
-            found = self._describe(name, keys)
-            moves = self._sessions.erase(name, self._clock()) if action == "erase" else []
-            if action in ("pin", "unpin"):
-                getattr(self._sessions, action)(name)
-                found["pinned"] = action == "pin"
+            self._manager.acquire(keys)
+        try:
+            yield
+        finally:
+            self.release(keys)
+
+    def plan_save(self, keys: Sequence[EntryKey]) -> list[Move]:
+        """Copies to the slowest tier, begun; give each to `carry_out`."""
+        with self.lock:
+            return self._begun(self._manager.plan_save(keys, self._clock()))
+
+    def plan_prefetch(self, keys: Sequence[EntryKey]) -> list[Move]:
+        """Copies into memory, begun; give each to `carry_out`."""
+        with self.lock:
+            return self._begun(self._manager.plan_prefetch(keys, self.load_target, self._clock()))
+
+    def carry_out(self, move: Move, done: Callable[[], None]) -> None:
+        """A move that has begun and that somebody waits for; ``done`` as `prefetch`."""
+        deadline_s = WRITE_DEADLINE_S if move.target == "nvme" else self.load_deadline_s([move])
+        self._run(move, URGENT, deadline_s, done)
+
+    def carry_out_drops(self, begin: Callable[[], Sequence[Move]]) -> None:
+        """Drops that ``begin``, called under the lock, has begun."""
+        with self.lock:
+            moves = begin()
         for move in moves:
             self._finish(move, None)
-        if action == "prefetch":
-            self.prefetch([key for key in keys if not self.in_memory(key)], lambda: None)
-        self.rebalance()
-        return found
-
-    def _describe(self, name: str, keys: Sequence[EntryKey]) -> dict[str, object]:
-        held = {tier: sum(key.num_bytes for key in keys if store.contains(key)) for tier, store in self._stores.items()}
-        tokens = keys[-1].position if keys else 0
-        return {"tokens": tokens, "bytes": held, "pinned": self._sessions.is_pinned(name)}
 
     # --- what was used --------------------------------------------------------------------------------------------
 
@@ -381,5 +396,7 @@ class KvCache:
             self._closed = True
         if self._mover is not None:
             self._mover.close()
+        if self._defragmenter is not None:
+            self._defragmenter.close()
         for store in self._stores.values():
             store.close()

@@ -32,6 +32,7 @@ class KvManager:
         policies: `policies.make_policies`.
         admission: what may be written to NVMe; None: everything.
         block_tokens: tokens of a block.
+        quota_bytes: what one salt's entries may take on each tier, where `set_quota` says nothing else; None: no limit.
         needs_tails: False for a model without sliding-window layers: every block boundary can be resumed at.
 
     Every ``now`` is in seconds; one that is before an earlier one counts as that one.
@@ -45,14 +46,16 @@ class KvManager:
         *,
         block_tokens: int = 64,
         needs_tails: bool = True,
+        quota_bytes: int | None = None,
     ) -> None:
         self._table = EntryTable(limits, policies.by_tier, block_tokens)
         self._reuse = policies.reuse
         self._block_tokens = block_tokens
         self._needs_tails = needs_tails
         self._counters = Counters()
-        self._moves = Moves(self._table, admission, self._counters)
         self._quotas: dict[bytes, int] = {}
+        self._quota = quota_bytes
+        self._moves = Moves(self._table, admission, self._counters, self._quota_of)
         self._now = 0.0
 
     def _advance(self, now: float) -> float:
@@ -190,7 +193,7 @@ class KvManager:
         protected = [one for one in (entry, parent) if one is not None]
         for one in protected:
             one.refs += 1
-        fits, evict = self._moves.make_room(book, key, self._quotas.get(key.salt), now)
+        fits, evict = self._moves.make_room(book, key, self._quota_of(key.salt), now)
         for one in protected:
             one.refs -= 1
         if not fits:
@@ -267,6 +270,10 @@ class KvManager:
         be made. What finds no room stays where it is."""
         return self._moves.plan_prefetch(keys, self._table.book(target), self._advance(now))
 
+    def plan_save(self, keys: Sequence[EntryKey], now: float) -> list[Move]:
+        """Copies of entries on the slowest tier, and drops of others that make room for them there."""
+        return self._moves.plan_save(keys, self._advance(now))
+
     def begin(self, move: Move, now: float) -> bool:
         """Start a planned move: room at the target is counted, a drop gives up its bytes. False: stale, do not."""
         return self._moves.begin(move, self._advance(now))
@@ -322,11 +329,14 @@ class KvManager:
         return own
 
     def set_quota(self, salt: bytes, limit_bytes: int | None) -> None:
-        """Bytes that a salt's entries may take on each tier; None: no limit but the tier's."""
+        """Bytes that a salt's entries may take on each tier; None: what holds for every salt."""
         if limit_bytes is None:
             self._quotas.pop(salt, None)
         else:
             self._quotas[salt] = limit_bytes
+
+    def _quota_of(self, salt: bytes) -> int | None:
+        return self._quotas.get(salt, self._quota)
 
     # -- state -------------------------------------------------------------------------------------------------------
     def stats(self) -> dict[str, object]:

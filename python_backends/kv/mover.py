@@ -77,7 +77,7 @@ class Mover:
         self,
         stores: Mapping[Tier, TierStore],
         *,
-        queue_limit: int = 1024,
+        queue_limit: int = 16_384,
         readers: int = 2,
         writers: int = 1,
         copiers: int = 1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 from python_backends.errors import InternalError
@@ -17,8 +17,15 @@ FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 class Moves:
     """Used by `KvManager` alone; times never fall."""
 
-    def __init__(self, table: EntryTable, admission: Admission | None, counters: Counters) -> None:
+    def __init__(
+        self,
+        table: EntryTable,
+        admission: Admission | None,
+        counters: Counters,
+        quota_of: Callable[[bytes], int | None] = lambda _: None,
+    ) -> None:
         self._table = table
+        self._quota_of = quota_of
         self._admission = admission
         self._counters = counters
         self._streams: dict[Tier, tuple[float, Generator[Entry]]] = {}
@@ -131,6 +138,8 @@ class Moves:
         below = self._table.below(book)
         if below is None or below.tier == "nvme" or entry in self._table.orphans or below.free < entry.key.num_bytes:
             return None
+        if self._spent(entry.key, below):
+            return None
         return below
 
     def _push_out(self, entry: Entry, book: TierBook, now: float, begun: list[Move]) -> None:
@@ -199,10 +208,25 @@ class Moves:
         for entry in list(self._unsaved):
             if not entry.pins or not entry.present or entry.present & last.bit:
                 del self._unsaved[entry]
-            elif entry.held and entry.moving is None and len(moves) < limit:
+            elif entry.held and entry.moving is None and len(moves) < limit and not self._spent(entry.key, last):
                 moves += self._room_below(last, entry.key.num_bytes * (len(moves) + 1), now)
                 moves.append(Move(entry.key, entry.fastest(), last.tier, "write_through", keep_source=True))
         return moves
+
+    def plan_save(self, keys: Sequence[EntryKey], now: float) -> list[Move]:
+        """See `KvManager.plan_save`."""
+        self.settle()
+        last, moves = self._table.books[-1], []
+        for key in keys:
+            entry = self._table.get(key.id)
+            if entry and entry.held and entry.moving is None and not entry.present & last.bit:
+                moves.append(Move(key, entry.fastest(), last.tier, "write_through", keep_source=True))
+        return [*self._room_below(last, sum(move.key.num_bytes for move in moves), now), *moves]
+
+    def _spent(self, key: EntryKey, book: TierBook) -> bool:
+        """Whether the entry's salt may take no more of the tier."""
+        quota = self._quota_of(key.salt)
+        return quota is not None and book.by_salt.get(key.salt, 0) + key.num_bytes > quota
 
     def _plan_down(self, book: TierBook, below: TierBook, now: float, limit: int) -> list[Move]:
         """Bring a tier above its high watermark down to the low one."""
@@ -232,7 +256,9 @@ class Moves:
         return [*self._room_below(below, wanted_below, now), *moves]
 
     def _admitted(self, entry: Entry, below: TierBook, now: float) -> bool:
-        """NVMe is asked about; pinned entries and parents of what is there go anyway."""
+        """NVMe is asked about; pinned entries and parents of what is there go anyway. Nobody goes beyond a quota."""
+        if self._spent(entry.key, below):
+            return False
         if below.tier != "nvme" or self._admission is None or entry.pins or any(entry.near):
             return True
         return self._admission.admits(entry, now)
@@ -296,7 +322,7 @@ class Moves:
             return True
         target = self._table.book(move.target)
         fits = target.free >= move.key.num_bytes and (entry.key.id, move.target) not in self._dropping
-        if entry.present & target.bit or entry.doomed or not fits:
+        if entry.present & target.bit or entry.doomed or not fits or self._spent(entry.key, target):
             return False
         self._table.place(entry, entry.held, target.bit, now)
         entry.moving = move

@@ -9,6 +9,7 @@ from python_backends.config import Config
 from python_backends.errors import TierError
 from python_backends.kv.blocks import Tier, TierLimits
 from python_backends.kv.cache import KvCache
+from python_backends.kv.defragmenter import Defragmenter
 from python_backends.kv.manager import KvManager
 from python_backends.kv.mover import Mover
 from python_backends.kv.policies import make_policies
@@ -65,11 +66,15 @@ def open_cache(layout: KvLayout, fingerprint: str, config: Config, memory_limit:
         make_policies(config.hmt_eviction_policy, stores, decay_factor=config.hmt_decay_factor),
         block_tokens=layout.block_tokens,
         needs_tails=layout.local_bytes > 0,
+        quota_bytes=int(config.kv_salt_quota_gb * 1e9) or None,
     )
     for tier, store in stores.items():
         log.info("KV cache: %s tier of %.3g GB", tier, store.usable_bytes / 1e9)
     sessions = None if nvme is None else Path(config.nvme_path) / "sessions.json"
-    return KvCache(layout, fingerprint, manager, stores, memory, Mover(stores), session_file=sessions)
+    return KvCache(
+        layout, fingerprint, manager, stores, memory, Mover(stores), session_file=sessions,
+        defragmenter=Defragmenter(list(memory.values()), largest),
+    )  # fmt: skip
 
 
 def _open_nvme(layout: KvLayout, fingerprint: str, config: Config, largest: int) -> NvmeStore | None:

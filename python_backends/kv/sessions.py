@@ -32,6 +32,9 @@ class Session:
     """Invariant: ``pinned`` are exactly the keys that the book-keeper counts a pin of ours for."""
 
     tip: EntryKey
+    """Tail at the end of the newest request's answer."""
+    prompt: EntryKey | None = None
+    """Tail at the end of its prompt: an answer that comes back as text may have become other tokens."""
     wanted: bool = False
     """To be pinned, also what later requests leave."""
     pinned: tuple[EntryKey, ...] = ()
@@ -56,11 +59,11 @@ class Sessions:
         """What a session is called here; nobody reads the session's own name out of it."""
         return blake2b(session.encode(), key=salt, digest_size=16, person=b"wicore.session").hexdigest()
 
-    def keep(self, name: str, tip: EntryKey) -> None:
-        """The session's newest request ended with this tail."""
+    def keep(self, name: str, tip: EntryKey, prompt: EntryKey | None = None) -> None:
+        """The session's newest request ended with this tail, its prompt with the other."""
         session = self._sessions.pop(name, None) or Session(tip)
         self._sessions[name] = session  # the newest last
-        session.tip = tip
+        session.tip, session.prompt = tip, prompt
         if session.wanted:
             self._pin(session)
         elif len(self._sessions) > MOST_SESSIONS:
@@ -69,9 +72,15 @@ class Sessions:
         self._write()
 
     def keys(self, name: str) -> Sequence[EntryKey]:
-        """Its blocks and its tail, as far as all of them are held; else nothing."""
+        """Its blocks and its tails, the deepest last, where what leads to that one is held; else nothing."""
         session = self._sessions.get(name)
-        return [] if session is None else self._manager.ancestry(session.tip)
+        return [] if session is None else self._keys_of(session)
+
+    def _keys_of(self, session: Session) -> list[EntryKey]:
+        keys = self._manager.ancestry(session.tip)
+        if keys and session.prompt is not None and session.prompt != session.tip:
+            keys[-1:-1] = self._manager.ancestry(session.prompt)[-1:]
+        return keys
 
     def pin(self, name: str) -> bool:
         """Keep it until `unpin`, on the slowest tier too; False where there is no such session, or it has gone."""
@@ -99,8 +108,9 @@ class Sessions:
         if not self.unpin(name):
             return []
         session = self._sessions.pop(name)
-        others = frozenset(each.tip.id for each in self._sessions.values())
+        others = frozenset(key.id for each in self._sessions.values() for key in (each.tip, each.prompt) if key)
         own = self._manager.own_part(session.tip, others)
+        own += [key for key in (session.prompt,) if key is not None and key.id not in others]
         self._write()
         return self._manager.erase(own, now)
 
@@ -112,7 +122,7 @@ class Sessions:
         return name in self._sessions and self._sessions[name].wanted
 
     def _pin(self, session: Session) -> None:
-        keys = tuple(self._manager.ancestry(session.tip))
+        keys = tuple(self._keys_of(session))
         self._manager.pin(keys)
         self._manager.unpin(session.pinned)
         session.pinned = keys
@@ -124,7 +134,10 @@ class Sessions:
             return
         try:
             stored = json.loads(self._path.read_text(encoding="utf-8"))
-            found = {name: Session(_decode(value["tip"]), value["wanted"]) for name, value in stored.items()}
+            found = {
+                name: Session(_decode(value["tip"]), value["prompt"] and _decode(value["prompt"]), value["wanted"])
+                for name, value in stored.items()
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s cannot be read, so earlier sessions are unknown: %s", self._path, error)
             return
@@ -137,7 +150,12 @@ class Sessions:
         if self._path is None:
             return
         values = {
-            name: {"tip": _encode(session.tip), "wanted": session.wanted} for name, session in self._sessions.items()
+            name: {
+                "tip": _encode(session.tip),
+                "prompt": session.prompt and _encode(session.prompt),
+                "wanted": session.wanted,
+            }
+            for name, session in self._sessions.items()
         }
         partial = self._path.with_suffix(".partial")
         try:

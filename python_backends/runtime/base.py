@@ -34,6 +34,8 @@ class DecoderSpec:
     tokens_per_image: int
     """Embeddings of one image; 0 in a text-only model."""
     eos_token_ids: tuple[int, ...]
+    wants_even_chunks: bool = False
+    """A chunk of an odd number of prompt tokens may sum in another order than an even one (`decoder.batch.filler`)."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ from python_backends.errors import ConfigError
 from python_backends.manifest import ModelShape
 
 USUAL_SLOTS, USUAL_CONTEXT, SHORTEST_CONTEXT = 4, 8192, 512
+SUM_ROWS = 128
+"""ONNX Runtime's products on the CPU sum over a cache in pieces of so many rows. Window caches are moved by multiples
+of it, so that a token's place within its piece never changes: what a prompt leaves in a slot is then the same bit for
+bit however it was cut into chunks (`DecoderSpec.wants_even_chunks`)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def plan_slots(model: ModelShape, num_slots: int, context_length: int, limit_byt
     Raises:
         ConfigError: not even that fits.
     """
-    window_capacity = model.sliding_window + max(16, model.sliding_window // 4)
+    window_capacity = model.sliding_window - 1 + max(1, model.sliding_window // 4 // SUM_ROWS) * SUM_ROWS
     row = 2 * model.num_kv_heads * model.head_dim * item_size
     num_local = sum(kind == "local" for kind in model.layer_types)
     num_global = len(model.layer_types) - num_local

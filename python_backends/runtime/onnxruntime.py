@@ -91,6 +91,7 @@ class OnnxRuntimeDecoder:
             image_token_id=image.image_token_id if image else None,
             tokens_per_image=image.tokens_per_image if image else 0,
             eos_token_ids=model.eos_token_ids,
+            wants_even_chunks=True,  # attention takes queries in even pieces; a last one of one row has its own kernel
         )
         _log.info(
             "decoder: %d slots of %d tokens, %.2f GB when full",

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-from client import Client
+from client import AsyncClient, Client
+from client.commands.app import app
 from client.commands.stats import drawn, read_stats
 from client.server import Server
-from python_backends.errors import InvalidParameterError
+from client.sessions import SessionState
+from python_backends.errors import InvalidParameterError, SessionNotFoundError
 from tests.server.conftest import options_for
 
 SETTINGS = {"enable_hmt": True, "cpu_memory_gb": 2.0, "nvme_memory_gb": 0.5, "kv_block_tokens": 16}
@@ -35,6 +40,35 @@ def picture() -> Image.Image:
     image = Image.new("RGB", (64, 64), "white")
     image.paste("red", (10, 10, 40, 40))
     return image
+
+
+def test_a_session_is_kept_by_name_over_a_restart_and_erased(tiered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}
+    ask: dict[str, Any] = {"images": [picture()], "max_tokens": 12, "cache_salt": "me"}
+    with Server(options_for(tiered)) as server, Client(server.addresses.grpc, timeout_s=60) as client:
+        first = client.generate(messages=[message], session="holiday", **ask)
+        assert client.session("holiday", cache_salt="me").tokens >= first.usage.prompt_tokens
+        assert client.session("holiday", "save", cache_salt="me").bytes["nvme"] > 0
+        with pytest.raises(SessionNotFoundError):
+            client.session("holiday")
+    follow = [message, first.message, {"role": "user", "content": "Why?"}]
+    with Server(options_for(tiered)) as server, Client(server.addresses.grpc, timeout_s=60) as client:
+        arguments = ["holiday", "--salt", "me", "--json", "--address", server.addresses.grpc]
+        shown = CliRunner().invoke(app, ["session", "restore", *arguments])
+        assert json.loads(shown.stdout)["bytes"]["host"] > 0
+        turn = client.generate(messages=follow, session="holiday", **ask)
+        assert turn.usage.cached_tokens["host"] >= first.usage.prompt_tokens
+        unsalted = client.generate(messages=follow, **ask | {"cache_salt": ""})
+        assert sum(unsalted.usage.cached_tokens.values()) == 0
+        erased = asyncio.run(erase(server.addresses.grpc))
+        assert erased.tokens >= turn.usage.prompt_tokens
+        assert CliRunner().invoke(app, ["session", "show", *arguments]).exit_code == 1
+        assert CliRunner().invoke(app, ["session", "burn", *arguments]).exit_code == 1
+
+
+async def erase(address: str) -> SessionState:
+    async with AsyncClient(address) as client:
+        return await client.session("holiday", "erase", cache_salt="me")
 
 
 def test_a_conversation_about_a_picture_is_computed_once(tiered: Path) -> None:

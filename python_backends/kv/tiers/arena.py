@@ -5,8 +5,9 @@ pinned (viewed), being filled or being moved is neither freed nor moved by anybo
 sight at once and frees it with the last pin.
 
 All of the buffer can be used whatever came and went: where no run is long enough for an entry but the free bytes
-suffice, extents that nobody pins are moved first (`extents.plan_relocation`). `defragment` does that ahead of need.
-Copies run outside the lock; what takes part in one is marked, and only who wants that very entry waits.
+suffice, extents that nobody pins are moved first (`extents.plan_relocation`). `defragment` does that ahead of need
+(`kv.defragmenter`). Copies run outside the lock; what takes part in one is marked, and only who wants that very entry
+waits.
 """
 
 from __future__ import annotations
@@ -251,7 +252,7 @@ class Arena:
             return extent
 
     def defragment(self, run_bytes: int, most_bytes: int) -> int:
-        """Make sure that ``run_bytes`` are free in one piece by moving at most ``most_bytes``; returns bytes moved."""
+        """See `MemoryStore.defragment`."""
         with self._relocating:
             with self._changed:
                 if self._free.largest >= run_bytes or self._closed:

@@ -151,3 +151,7 @@ class MemoryStore(TierStore, Protocol):
     def disown(self, key: EntryKey) -> None:
         """Give up a `fill` that somebody else is stuck in: its room stays taken until they leave, the key is free."""
         ...
+
+    def defragment(self, run_bytes: int, most_bytes: int) -> int:
+        """Make sure that ``run_bytes`` are free in one piece by moving at most ``most_bytes``; returns bytes moved."""
+        ...

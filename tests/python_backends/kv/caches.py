@@ -25,6 +25,7 @@ def open_cache(
     mover: object = None,
     policy: str = "a2cr",
     fingerprint: str = "weights",
+    quota: int | None = None,
 ) -> KvCache:
     """Without ``mover`` every move is over when the call that began it returns."""
     alignment = alignment_for(layout.block_bytes)
@@ -46,6 +47,7 @@ def open_cache(
         {tier: TierLimits(store.usable_bytes) for tier, store in stores.items()},
         make_policies(policy, stores),
         block_tokens=layout.block_tokens,
+        quota_bytes=quota,
     )
     sessions = folder and folder / "sessions.json"
     return KvCache(layout, fingerprint, manager, stores, memory, mover and mover(stores), session_file=sessions)

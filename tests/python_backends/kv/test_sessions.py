@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 
@@ -9,7 +10,9 @@ import pytest
 
 from python_backends.config import Config
 from python_backends.decoder.engine import Engine
-from python_backends.errors import InvalidParameterError, SessionNotFoundError
+from python_backends.errors import InvalidParameterError, SessionNotFoundError, TierIoError
+from python_backends.kv import session_commands
+from python_backends.kv.mover import Mover
 from python_backends.kv.sessions import Sessions
 from tests.checkpoints import tiny
 from tests.driver import decoder
@@ -118,6 +121,48 @@ def test_prefetch_brings_a_session_into_memory(serve):
     after = cache.session("show", "chat")["bytes"]
     assert before["host"] == 0
     assert after["host"] == after["nvme"] == before["nvme"]
+
+
+@pytest.mark.parametrize("mover", [None, Mover], ids=["at-once", "threads"])
+def test_a_saved_session_goes_on_after_a_restart_and_is_restored_into_memory(serve, mover):
+    engine, cache = serve(mover=mover)
+    ids = prompt(8, 100)
+    first = ask(engine, ids, "chat")
+    saved = cache.session("save", "chat")
+    assert saved["bytes"]["nvme"] == saved["bytes"]["device"] > 0
+    assert any(key.position == 100 and key.kind == "tail" for key in cache._stores["nvme"].entries())
+    assert not saved["pinned"]
+    engine, cache = serve(mover=mover)
+    found = cache.session("restore", "chat")
+    assert found["tokens"] == 107
+    assert found["bytes"]["host"] == found["bytes"]["nvme"] == saved["bytes"]["nvme"]
+    follow = ask(engine, [*ids, *first.tokens, 5], "chat")
+    assert follow.last.usage.as_json()["cached_tokens"]["host"] == 107
+
+
+def test_what_cannot_be_saved_is_said(serve, tmp_path, monkeypatch):
+    engine, cache = serve()
+    ask(engine, prompt(9, 60), "chat")
+    monkeypatch.setattr(session_commands, "STALLED_S", 0.1)
+    monkeypatch.setattr(cache._stores["nvme"]._log, "append", failing_append)
+    with pytest.raises(TierIoError, match="could not be saved"):
+        cache.session("save", "chat")
+    assert cached(ask(engine, prompt(9, 60))) == 59
+
+
+def failing_append(_):
+    raise OSError(errno.EIO, "the disk is gone")
+
+
+def test_a_salt_takes_no_more_than_its_quota_of_any_tier(serve):
+    engine, cache = serve(quota=MB // 4)
+    others = ask(engine, prompt(1, 60))
+    for seed in range(30):
+        ask(engine, prompt(300 + seed, 60), "greedy", salt="greedy")
+        cache.session("pin", "greedy", "greedy")
+    for book in cache._manager._table.books:
+        assert all(used <= MB // 4 for used in book.by_salt.values())
+    assert cached(ask(engine, [*prompt(1, 60), *others.tokens, 5])) == 67
 
 
 def test_names_are_not_written_and_a_broken_file_costs_the_names_alone(serve, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -55,6 +56,26 @@ def whole(request):
         driver.decode(3)
         alone.append((driver.logits[0], driver.tokens[0]))
     return runtime, encoder, prompts, alone
+
+
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(1, 259), max_size=12), precision=st.sampled_from([FP32, Precision("int4", 16)]))
+def test_any_chunking_of_a_prompt_gives_one_chunk_bit_for_bit(cuts, precision):
+    # What makes a request that is resumed anywhere end as a cold one; see `memory.SUM_ROWS`.
+    runtime, encoder, item, wanted = uncut(precision)
+    driver = Driver(runtime, [item], encoder)
+    driver.prefill([cuts])
+    np.testing.assert_array_equal(driver.logits[0], wanted)
+
+
+@functools.cache
+def uncut(precision):
+    """A runtime and a prompt with pictures far beyond the window, and its logits as one chunk."""
+    runtime, encoder = decoder(tiny("4b"), precision), vision(tiny("4b"), precision)
+    item = prompt(tiny("4b"), np.random.default_rng(7), text=240, pictures=2)
+    driver = Driver(runtime, [item], encoder)
+    driver.prefill()
+    return runtime, encoder, item, driver.logits[0]
 
 
 @settings(max_examples=25, deadline=None)
