@@ -35,7 +35,8 @@ from python_backends.errors import WiCoreError
 WEB = Path(__file__).parent / "web"
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 """The last two: no script can turn a text into HTML or code, so no answer of a model can (Trusted Types)."""
 

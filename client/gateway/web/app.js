@@ -179,14 +179,14 @@ function notice(text, label = null, act = null) {
   noticeTimer = setTimeout(() => $("notice").replaceChildren(), 7000);
 }
 
-async function showModel() {
+async function showModel(first) {
   try {
     const models = await getJson("v1/models", apiKey());
     model = models.data[0].id;
     $("model").textContent = model;
   } catch (error) {
-    if (error.code === "invalid_api_key") openSettings(true);
-    else setTimeout(showModel, 3000);
+    if (error.code !== "invalid_api_key") setTimeout(showModel, 3000, first);
+    else if (first) openSettings(true);
   }
 }
 
@@ -211,12 +211,12 @@ async function showSamples() {
 const monitor = new Monitor(apiKey);
 const panels = startPanels((format) => exportConversation(current, systemPrompt(), model, format));
 startSettings(() => {
-  void showModel();
+  void showModel(false);
   void monitor.ask();
 });
 $("new-chat").addEventListener("click", () => open(newConversation()));
 translate();
-void showModel();
+void showModel(true);
 void showSamples();
 conversations = await listConversations();
 inLanguage(() => {

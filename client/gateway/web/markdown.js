@@ -7,20 +7,40 @@ import { t } from "./i18n.js";
 
 const LINKS = /^(https?:|mailto:)/i;
 
-/** Shows a growing text: blocks that did not change stay the nodes they are, so that a selection in them survives. */
+/**
+ * Shows a growing text. What stands before its last two blocks is done with and is not read again, so that a long answer
+ * costs no more by the word than a short one; and blocks that did not change stay the nodes they are, so that a
+ * selection in them survives.
+ */
 export class MarkdownView {
   constructor(node) {
     this.node = node;
+    this._done = { text: "", blocks: 0 };
     this._shown = [];
   }
 
   update(text) {
-    const tokens = lexer(text, { gfm: true, breaks: true }).filter((token) => token.type !== "space");
-    let same = 0;
-    while (same < this._shown.length && same < tokens.length && this._shown[same] === tokens[same].raw) same += 1;
+    if (!text.startsWith(this._done.text)) this._done = { text: "", blocks: 0 };
+    const tokens = lexer(text.slice(this._done.text.length), { gfm: true, breaks: true });
+    const shown = [...this._shown.slice(0, this._done.blocks), ...tokens.filter((token) => token.type !== "space")];
+    let same = this._done.blocks;
+    while (same < Math.min(shown.length, this._shown.length) && this._shown[same].raw === shown[same].raw) same += 1;
     while (this.node.childNodes.length > same) this.node.lastChild.remove();
-    for (const token of tokens.slice(same)) this.node.append(block(token));
-    this._shown = tokens.map((token) => token.raw);
+    for (const token of shown.slice(same)) this.node.append(block(token));
+    this._shown = shown;
+    this._freeze(tokens);
+  }
+
+  _freeze(tokens) {
+    let last = 2;
+    for (let place = tokens.length - 1; place >= 0; place -= 1) {
+      if (tokens[place].type !== "space" && last-- === 0) {
+        const frozen = tokens.slice(0, place + 1);
+        const text = this._done.text + frozen.map((token) => token.raw).join("");
+        this._done = { text, blocks: this._done.blocks + frozen.filter((token) => token.type !== "space").length };
+        return;
+      }
+    }
   }
 }
 

@@ -20,16 +20,23 @@ export class MessageView {
     const name = el("h2", { class: "unseen" }, t(message.role === "user" ? "you" : "model"));
     const said = el("div", { class: "said" }, this._text, this._foot);
     this.node = el("article", { class: `message ${message.role}` }, name, this._pictures(), said);
-    this._due = 0;
+    this._due = false;
+    this._costMs = 0;
     this._draw(true);
   }
 
-  /** Show what the message has become, at the next frame. */
+  /** Show what the message has become at the next frame; a quarter of the time at most is spent on it. */
   update() {
-    this._due ||= requestAnimationFrame(() => {
-      this._due = 0;
-      this._draw(false);
-    });
+    if (this._due) return;
+    this._due = true;
+    setTimeout(() => requestAnimationFrame(() => this._redraw()), 3 * this._costMs);
+  }
+
+  _redraw() {
+    const begin = performance.now();
+    this._due = false;
+    this._draw(false);
+    this._costMs = performance.now() - begin;
   }
 
   /** Only the newest answer can be asked for again, and only the newest question edited. */
