@@ -129,7 +129,7 @@ class ServerTarget:
 
 
 class GatewayTarget:
-    """The gateway's chat completions as server-sent events, each of which counts as a token: for servers without drafts.
+    """The gateway's chat completions as server-sent events, each counted as one token: for servers without drafts.
 
     Events are told apart and not parsed, as the other side's protobuf is no more than read.
     """
