@@ -5,7 +5,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo serve bench check test soak lock clean help
+.PHONY: demo serve bench check test browser soak lock clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -31,8 +31,16 @@ check: .venv/test.stamp
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-test: check
+test: check browser
 	$(BIN)/pytest -m "not soak"
+
+# The page is tested in a real browser. Without one those tests are skipped, and this line says so.
+browser:
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
+	elif [ "`id -u`" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "Installing Chromium for the tests of the page …"; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else echo "No Chromium: the tests of the page will be skipped. On Debian and Ubuntu: sudo apt-get install chromium"; fi
 
 soak: .venv/test.stamp
 	HYPOTHESIS_PROFILE=search $(BIN)/pytest -m "soak or hypothesis" --timeout 7200

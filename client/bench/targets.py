@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
 
 from client.bench.load import WAIT_S, Job, Trace
 from python_backends.config import Config
@@ -14,6 +17,8 @@ from python_backends.decoder.engine import Engine
 from python_backends.decoder.parameters import parameters_within
 from python_backends.decoder.sequence import Piece, Request
 from python_backends.errors import WiCoreError
+
+T = TypeVar("T")
 
 
 class EngineTarget:
@@ -59,26 +64,46 @@ def open_engine_target(repository: Path, config: Config) -> Iterator[EngineTarge
         engine.close()
 
 
+class LoopThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="wicore-bench-client", daemon=True)
+        self._thread.start()
+
+    def begin(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Begin to do it there."""
+        asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do it there and wait."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self) -> None:
+        """Stop the loop."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
 class ServerTarget:
-    """The ensemble through gRPC streams, as the asyncio client gives it; its loop runs in a thread of its own."""
+    """The ensemble through gRPC streams, as the asyncio client gives it."""
 
     name = "triton"
 
     def __init__(self, address: str) -> None:
         from client.gateway.triton import Triton
 
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="wicore-bench-client", daemon=True)
-        self._thread.start()
-
         async def connect() -> Triton:
             return Triton(address, WAIT_S)
 
-        self._server = asyncio.run_coroutine_threadsafe(connect(), self._loop).result()
+        self._thread = LoopThread()
+        self._server = self._thread.do(connect())
 
     def submit(self, job: Job, trace: Trace, done: Callable[[], None]) -> None:
         """See `Target.submit`."""
-        asyncio.run_coroutine_threadsafe(self._ask(job, trace, done), self._loop)
+        self._thread.begin(self._ask(job, trace, done))
 
     async def _ask(self, job: Job, trace: Trace, done: Callable[[], None]) -> None:
         error = ""
@@ -94,13 +119,70 @@ class ServerTarget:
 
     def stats(self) -> Mapping[str, float]:
         """See `Target.stats`."""
-        found = asyncio.run_coroutine_threadsafe(self._server.stats(), self._loop).result()
-        totals: dict[str, float] = found["totals"]
+        totals: dict[str, float] = self._thread.do(self._server.stats())["totals"]
         return totals
 
     def close(self) -> None:
         """Close the connection and stop the loop."""
-        asyncio.run_coroutine_threadsafe(self._server.close(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._thread.do(self._server.close())
+        self._thread.close()
+
+
+class GatewayTarget:
+    """The gateway's chat completions as server-sent events, each counted as one token: for servers without drafts.
+
+    Events are told apart and not parsed, as the other side's protobuf is no more than read.
+    """
+
+    name = "gateway"
+
+    def __init__(self, address: str) -> None:
+        """``address`` is the gateway's URL."""
+
+        async def connect() -> aiohttp.ClientSession:
+            return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=WAIT_S))
+
+        self._url = f"{address}/v1/chat/completions"
+        self._stats = f"{address}/v1/stats"
+        self._thread = LoopThread()
+        self._session = self._thread.do(connect())
+
+    def submit(self, job: Job, trace: Trace, done: Callable[[], None]) -> None:
+        """See `Target.submit`."""
+        self._thread.begin(self._ask(job, trace, done))
+
+    async def _ask(self, job: Job, trace: Trace, done: Callable[[], None]) -> None:
+        body = {
+            "messages": [{"role": "user", "content": job.text}],
+            "max_tokens": job.max_tokens,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        error, rest = "", b""
+        try:
+            async with self._session.post(self._url, json=body) as answer:
+                if answer.status != 200:
+                    error = await answer.text()
+                async for part in answer.content.iter_any():
+                    *events, rest = (rest + part).split(b"\n\n")
+                    trace.add(sum(event.startswith(b'data: {"id"') for event in events))
+                    error = next((event.decode() for event in events if event.startswith(b'data: {"error"')), error)
+        except aiohttp.ClientError as failure:
+            error = str(failure)
+        trace.end(error)
+        done()
+
+    def stats(self) -> Mapping[str, float]:
+        """See `Target.stats`."""
+
+        async def ask() -> dict[str, float]:
+            async with self._session.get(self._stats) as answer:
+                totals: dict[str, float] = (await answer.json())["totals"]
+                return totals
+
+        return self._thread.do(ask())
+
+    def close(self) -> None:
+        """Close the connections and stop the loop."""
+        self._thread.do(self._session.close())
+        self._thread.close()

@@ -6,7 +6,7 @@ import typer
 
 from builders.cli import build
 from client.commands import ask, chat, demo, keys, serve, session, stats
-from client.commands.bench import cache, engine, peers, resume, tiers, triton
+from client.commands.bench import cache, engine, gateway, peers, resume, tiers, triton
 from client.commands.bench import serve as bench_serve
 from client.commands.random_checkpoint import random_checkpoint
 
@@ -31,6 +31,7 @@ app.command("random-checkpoint")(random_checkpoint)
 benches = typer.Typer(help="Measure speed and latency.", no_args_is_help=True, rich_markup_mode=None)
 benches.command("cache")(cache.cache)
 benches.command("engine")(engine.engine)
+benches.command("gateway")(gateway.gateway)
 benches.command("serve")(bench_serve.serve)
 benches.command("peers")(peers.peers)
 benches.command("resume")(resume.resume)

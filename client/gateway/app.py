@@ -35,7 +35,14 @@ from python_backends.errors import WiCoreError
 WEB = Path(__file__).parent / "web"
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+"""The last two: no script can turn a text into HTML or code, so no answer of a model can (Trusted Types)."""
+
+_PAGE_HEADERS = (
+    (b"content-security-policy", CONTENT_SECURITY_POLICY.encode()),
+    (b"cache-control", b"no-cache"),  # asked for anew each time (304 mostly), so that no page is a mix of two versions
 )
 
 
@@ -49,7 +56,7 @@ class Pages(StaticFiles):
 
         async def with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] += [(b"content-security-policy", CONTENT_SECURITY_POLICY.encode())]
+                message["headers"] += _PAGE_HEADERS
             await send(message)
 
         await super().__call__(scope, receive, with_policy)
