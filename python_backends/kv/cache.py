@@ -62,6 +62,7 @@ class KvCache:
         mover: copies between tiers; None copies at once on the thread that asks (no waiting on disks then).
         clock: seconds, monotonic.
         session_file: where names of sessions outlive the server; None: nowhere.
+        prefetch_tokens: most tokens of a prompt that are brought up from a disk; None: any number.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class KvCache:
         mover: Mover | None = None,
         clock: Callable[[], float] = time.monotonic,
         session_file: Path | None = None,
+        prefetch_tokens: int | None = None,
     ) -> None:
         self.layout = layout
+        self.prefetch_tokens = prefetch_tokens
         self._fingerprint = hashlib.sha256(f"{fingerprint}/{layout.identity}".encode()).digest()
         self._manager = manager
         self._stores = dict(stores)

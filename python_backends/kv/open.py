@@ -69,7 +69,16 @@ def open_cache(layout: KvLayout, fingerprint: str, config: Config, memory_limit:
     for tier, store in stores.items():
         log.info("KV cache: %s tier of %.3g GB", tier, store.usable_bytes / 1e9)
     sessions = None if nvme is None else Path(config.nvme_path) / "sessions.json"
-    return KvCache(layout, fingerprint, manager, stores, memory, Mover(stores), session_file=sessions)
+    return KvCache(
+        layout,
+        fingerprint,
+        manager,
+        stores,
+        memory,
+        Mover(stores),
+        session_file=sessions,
+        prefetch_tokens=config.prefetch_size,
+    )
 
 
 def _open_nvme(layout: KvLayout, fingerprint: str, config: Config, largest: int) -> NvmeStore | None:
