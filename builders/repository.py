@@ -21,7 +21,7 @@ LOCK_NAME = ".lock"
 CHECKOUT = Path(__file__).resolve().parents[1] / "model_repository"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "wicore" / "model_repository"
 TRACKED = CHECKOUT if CHECKOUT.is_dir() else INSTALLED
-"""The project's own repository, whose config.pbtxt and model.py files are under version control; a wheel brings them."""
+"""The project's own repository of literal config.pbtxt and model.py files; a wheel brings a copy."""
 
 _VERSION = "1"  # the folder of the one version Triton serves
 _BUILD_ID = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}")

@@ -1,6 +1,6 @@
-"""Every setting of a server and its default, once: Triton's stages, the engine, the tiers and the gateway read it here.
+"""Every setting of a server and its default, once, for Triton's stages, the engine, the tiers and the gateway.
 
-`wicore.json` beside the model repository's manifest (or the file that ``WICORE_CONFIG`` names) overrides the defaults, and
+`wicore.json` beside the model repository's manifest (or the file that ``WICORE_CONFIG`` names) overrides the defaults;
 environment variables named like the keys (``WICORE_MAX_BATCH_SIZE=4``) override both. `wicore serve` does this once and
 hands the outcome to the stages' processes in ``WICORE_CONFIG``, so that all of them have the same values whenever they
 start. Unknown keys and keys that contradict each other are refused.
@@ -24,7 +24,7 @@ ENV_PREFIX = "WICORE_"
 ENV_CONFIG = "WICORE_CONFIG"
 """A configuration file's path, or the JSON object itself."""
 ENV_NEAR = 0.8
-"""How like a key an unknown variable must be to be refused: others belong to somebody else (Kubernetes names some so)."""
+"""How like a key an unknown variable must be to be refused: others are somebody else's (Kubernetes sets some)."""
 MAY_BE_ZERO = frozenset(
     (
         "num_threads",
@@ -184,11 +184,11 @@ class Config:
 
 
 def load(folder: Path, environment: Mapping[str, str] = os.environ) -> Config:
-    """The configuration of a model repository: its ``wicore.json`` or what ``WICORE_CONFIG`` says, then the environment.
+    """The configuration of a model repository: ``wicore.json`` or what ``WICORE_CONFIG`` says, then the environment.
 
     Raises:
-        ConfigError: not JSON, an unknown key (the nearest valid name is given), a value of the wrong type or range, keys
-            that contradict each other.
+        ConfigError: not JSON, an unknown key (the nearest valid name is given), a value of the wrong type or range,
+            keys that contradict each other.
     """
     given = environment.get(ENV_CONFIG, "")
     if given.lstrip().startswith("{"):
