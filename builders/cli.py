@@ -42,12 +42,14 @@ def build(
         Path, typer.Option(help="Model repository to fill; made, with its literal files, where it does not exist.")
     ] = Path("model_repository"),
     precision: Annotated[
-        PrecisionChoice,
+        PrecisionChoice | None,
         typer.Option(
             help="How weights are stored. int8 is nearly lossless at half of bfloat16's size; int4 halves it again at "
-            "some cost; fp16 and fp32 are for comparisons. bf16 and fp8 are for GPUs."
+            "some cost; fp16 and fp32 are for comparisons. bf16 and fp8 are for GPUs. [default: int8; on GPUs the "
+            "configuration's trt_precision, where it names one]",
+            show_default=False,
         ),
-    ] = PrecisionChoice.INT8,
+    ] = None,
     block_size: Annotated[
         int | None,
         typer.Option(
@@ -106,6 +108,7 @@ def build(
         from builders.hub import resolve
         from builders.quantize import PER_CHANNEL, Precision
 
+        precision = precision or default_precision(runtime, repository)
         if block_size is None and runtime != ONNXRUNTIME and precision is PrecisionChoice.INT8:
             block_size = PER_CHANNEL
         options = Options(
@@ -128,6 +131,19 @@ def build(
         print("wicore build: stopped; the repository is as it was", file=sys.stderr)
         raise typer.Exit(130) from None
     print(_as_json(result) if as_json else _summary(result))
+
+
+def default_precision(runtime: str, repository: Path) -> PrecisionChoice:
+    """What is built where nobody says: ``trt_precision`` of the repository's configuration on GPUs, else int8.
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+    """
+    from builders.build import ONNXRUNTIME
+    from python_backends import config
+
+    wanted = "auto" if runtime == ONNXRUNTIME else config.load(repository).trt_precision
+    return PrecisionChoice.INT8 if wanted == "auto" else PrecisionChoice(wanted)
 
 
 class Bars:

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from python_backends.errors import ArtifactError, BuildError
 from python_backends.manifest import MANIFEST_NAME, File, Manifest, Stage, edges_sha256, file_sha256, read
 
 LOCK_NAME = ".lock"
-TRACKED = Path(__file__).resolve().parents[1] / "model_repository"
-"""The project's own repository, whose config.pbtxt and model.py files are under version control."""
+CHECKOUT = Path(__file__).resolve().parents[1] / "model_repository"
+INSTALLED = Path(sysconfig.get_path("data")) / "share" / "wicore" / "model_repository"
+TRACKED = CHECKOUT if CHECKOUT.is_dir() else INSTALLED
+"""The project's own repository of literal config.pbtxt and model.py files; a wheel brings a copy."""
 
 _VERSION = "1"  # the folder of the one version Triton serves
 _BUILD_ID = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}")
@@ -69,7 +72,7 @@ def add_literal_files(repository: Path) -> list[str]:
                 continue
             raise BuildError(
                 f"{repository / model} has no config.pbtxt and {source} has none to copy; "
-                "build from a checkout of the project, or copy its model_repository first"
+                "install WiCore again, or copy a checkout's model_repository first"
             )
         for path in sorted(source.rglob("*")):
             inner = path.relative_to(source)

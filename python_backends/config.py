@@ -1,4 +1,10 @@
-"""Defaults, once. `wicore.json` beside the model repository's manifest overrides them; unknown keys are refused."""
+"""Every setting of a server and its default, once, for Triton's stages, the engine, the tiers and the gateway.
+
+`wicore.json` beside the model repository's manifest (or the file that ``WICORE_CONFIG`` names) overrides the defaults;
+environment variables named like the keys (``WICORE_MAX_BATCH_SIZE=4``) override both. `wicore serve` does this once and
+hands the outcome to the stages' processes in ``WICORE_CONFIG``, so that all of them have the same values whenever they
+start. Unknown keys and keys that contradict each other are refused.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +12,19 @@ import dataclasses
 import difflib
 import json
 import math
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from python_backends.errors import ConfigError
 
 CONFIG_NAME = "wicore.json"
+ENV_PREFIX = "WICORE_"
+ENV_CONFIG = "WICORE_CONFIG"
+"""A configuration file's path, or the JSON object itself."""
+ENV_NEAR = 0.8
+"""How like a key an unknown variable must be to be refused: others are somebody else's (Kubernetes sets some)."""
 MAY_BE_ZERO = frozenset(
     (
         "num_threads",
@@ -27,9 +40,14 @@ MAY_BE_ZERO = frozenset(
         "nvme_memory_gb",
         "nvme_daily_writes_gb",
         "kv_salt_quota_gb",
+        "prefetch_size",
+        "drain_s",
     )
 )
-CHOICES = {"cpu_kernels": ("auto", "onnxruntime")}
+CHOICES = {
+    "cpu_kernels": ("auto", "onnxruntime"),
+    "trt_precision": ("auto", "fp32", "bf16", "fp16", "fp8", "int8", "int4"),
+}
 
 SHARES = frozenset(("kv_cache_share", "hmt_decay_factor", "hmt_gpu_threshold", "hmt_cpu_threshold"))
 
@@ -42,12 +60,22 @@ class Config:
         ConfigError: a value outside its range.
     """
 
+    model_path: str = ""
+    """What is served: the model repository of `wicore serve`, the checkpoint (folder or hub id) of `wicore up`."""
     max_batch_size: int = 16
     """Sequences decoded together, and so KV slots."""
     max_context_length: int = 131_072
     """Tokens of prompt and answer together; clipped to the model's own limit."""
     cpu_memory_gb: float = 128.0
     """Host memory for KV caches (GB); fewer slots or a shorter context where it does not suffice."""
+    gpu_memory_gb: float = 48.0
+    """Device memory for weights, KV pages and workspaces (GB), of every GPU used."""
+    enable_cuda_graph: bool = True
+    """Replay a step on the GPU as one CUDA graph instead of launching its parts."""
+    enable_kernel_fusion: bool = True
+    """Run whole groups of operations as one kernel; off, to look for a fault, each runs by itself."""
+    trt_precision: str = "auto"
+    """Precision of weights that `wicore build` takes for TensorRT where it is told none; "auto": what fits the GPU."""
     prefill_chunk: int = 512
     """Most prompt tokens computed in one step."""
     target_inter_token_ms: int = 100
@@ -89,6 +117,18 @@ class Config:
     """Requests of one API key (or of everyone) in a minute; 0: no limit."""
     image_hosts: str = ""
     """Hosts that the gateway may fetch pictures from, separated by commas; none: addresses are refused."""
+    max_connections: int = 2048
+    """Connections to the gateway at once."""
+    body_timeout_s: float = 60.0
+    """From a request's headers until its body is complete."""
+    idle_timeout_s: float = 10.0
+    """Between two parts of a body."""
+    send_timeout_s: float = 30.0
+    """How long a client may leave what was sent to it unread."""
+    keep_alive_s: float = 75.0
+    """How long the gateway keeps a connection without requests."""
+    drain_s: int = 30
+    """How long answers in flight may go on after a stop."""
 
     enable_hmt: bool = True
     """Keep KV beyond the requests that computed it, in tiers: device, host and, with ``nvme_path``, disk."""
@@ -98,6 +138,8 @@ class Config:
     """What the KV of one ``cache_salt`` may take on each tier (GB), so that nobody crowds others out; 0: no limit."""
     kv_block_tokens: int = 64
     """Tokens of a KV block."""
+    prefetch_size: int = 131_072
+    """Most tokens of a waiting prompt whose KV is brought up from the disk; what lies further is computed. 0: none."""
     hmt_eviction_policy: str = "a2cr"
     """What leaves a full tier first; see docs/hmt-policies.md."""
     hmt_decay_factor: float = 0.01
@@ -124,31 +166,92 @@ class Config:
                 if not 0 < value <= 1:
                     raise ConfigError(f"{field.name} is {value}; it must be above 0 and at most 1")
                 continue
+            if isinstance(value, float) and field.name not in MAY_BE_ZERO:
+                if not 0 < value < math.inf:
+                    raise ConfigError(f"{field.name} is {value}; it must be above 0")
+                continue
             low = 0 if field.name in MAY_BE_ZERO else 1
             if not low <= value < math.inf:  # also true for NaN
                 raise ConfigError(f"{field.name} is {value}; it must be at least {low}")
 
+    def to_json(self) -> str:
+        """Every key, for another process; `load` reads it from ``WICORE_CONFIG``."""
+        return json.dumps(dataclasses.asdict(self))
 
-def load(folder: Path) -> Config:
-    """Read ``wicore.json`` of a model repository; the defaults where there is none.
+
+def load(folder: Path, environment: Mapping[str, str] = os.environ) -> Config:
+    """The configuration of a model repository: ``wicore.json`` or what ``WICORE_CONFIG`` says, then the environment.
 
     Raises:
-        ConfigError: not JSON, an unknown key (the nearest valid name is given), a value of the wrong type or range.
+        ConfigError: not JSON, an unknown key (the nearest valid name is given), a value of the wrong type or range,
+            keys that contradict each other.
     """
-    path = folder / CONFIG_NAME
-    if not path.exists():
-        return Config()
+    given = environment.get(ENV_CONFIG, "")
+    if given.lstrip().startswith("{"):
+        return from_values({**_parsed(given, ENV_CONFIG), **_from_environment(environment)}, ENV_CONFIG)
+    return load_file(Path(given) if given else folder / CONFIG_NAME, environment, optional=not given)
+
+
+def load_file(path: Path, environment: Mapping[str, str] = os.environ, *, optional: bool = False) -> Config:
+    """The configuration in a file, then the environment; the defaults where the file is missing and ``optional``.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    values: dict[str, Any] = {}
+    if not optional or path.exists():
+        try:
+            values = _parsed(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+    overrides = _from_environment(environment)
+    where = f"{path} and {ENV_PREFIX}… variables" if overrides else str(path)
+    return from_values(values | overrides, where)
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold one JSON object")
-    return from_values(values, str(path))
+        raise ConfigError(f"{where} must hold one JSON object")
+    return values
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Keys that variables set. One that is nearly a key is a slip; what is like none is somebody else's."""
+    types = get_type_hints(Config)
+    found: dict[str, Any] = {}
+    for variable, text in environment.items():
+        key = variable.removeprefix(ENV_PREFIX).lower()
+        if key == variable.lower():
+            continue
+        if key in types:
+            found[key] = _read_text(variable, text, types[key])
+        elif near := difflib.get_close_matches(key, types, n=1, cutoff=ENV_NEAR):
+            raise ConfigError(f"unknown variable {variable}; did you mean {ENV_PREFIX}{near[0].upper()}?")
+    return found
+
+
+def _read_text(variable: str, text: str, wanted: type) -> Any:
+    if wanted is str:
+        return text
+    try:
+        if wanted is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
+        return wanted(text)
+    except (KeyError, ValueError) as error:
+        kind = "true or false" if wanted is bool else f"of type {wanted.__name__}"
+        raise ConfigError(f"{variable} is {text!r}; it must be {kind}") from error
 
 
 def from_values(values: dict[str, Any], where: str) -> Config:
-    """Check keys and types and build the configuration; ``where`` names the source in errors."""
+    """Check keys and types and build the configuration; ``where`` names the source in errors.
+
+    Raises:
+        ConfigError: as `load`.
+    """
     types = get_type_hints(Config)
     for key, value in values.items():
         if key not in types:
@@ -159,4 +262,38 @@ def from_values(values: dict[str, Any], where: str) -> Config:
         fits = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
         if not fits or (isinstance(value, bool) and wanted is not bool):
             raise ConfigError(f"{where}: {key} must be {wanted.__name__}, not {value!r}")
-    return Config(**values)
+    made = Config(**values)
+    for names, is_contrary, why in CONTRARY:
+        if all(name in values for name in names) and is_contrary(made):
+            raise ConfigError(f"{where}: {' and '.join(names)} contradict each other: {why}")
+    return made
+
+
+CONTRARY: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
+    (
+        ("max_tokens", "max_context_length"),
+        lambda config: config.max_tokens >= config.max_context_length,
+        "an answer of max_tokens leaves no room for a prompt",
+    ),
+    (
+        ("queue_timeout_ms", "deadline_ms"),
+        lambda config: config.queue_timeout_ms > config.deadline_ms,
+        "the deadline passes before the queue timeout can",
+    ),
+    (
+        ("idle_timeout_s", "body_timeout_s"),
+        lambda config: config.idle_timeout_s > config.body_timeout_s,
+        "a body must be complete before a pause in it may end",
+    ),
+    (
+        ("max_image_bytes", "max_body_bytes"),
+        lambda config: config.max_image_bytes * 4 / 3 > config.max_body_bytes,
+        "a picture of max_image_bytes is larger than a body in base64",
+    ),
+    (
+        ("nvme_path", "enable_hmt"),
+        lambda config: bool(config.nvme_path) and not config.enable_hmt,
+        "the tier on disk is a part of HMT",
+    ),
+)
+"""Keys, when they contradict each other, and why. Only keys that somebody set can: a default bends to what is set."""

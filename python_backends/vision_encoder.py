@@ -45,7 +45,12 @@ def open_runtime(repository: Path) -> VisionRuntime | None:
     from python_backends.runtime.onnxruntime import OnnxRuntimeVision
 
     folder = built.folder(contract.VISION_ENCODER)
-    return OnnxRuntimeVision(folder, num_threads=settings.num_threads, cpu_kernels=settings.cpu_kernels)
+    return OnnxRuntimeVision(
+        folder,
+        num_threads=settings.num_threads,
+        cpu_kernels=settings.cpu_kernels,
+        kernel_fusion=settings.enable_kernel_fusion,
+    )
 
 
 class TritonPythonModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from builders.cli import build
-from client.commands import ask, chat, demo, keys, serve, session, stats
+from client.commands import ask, chat, demo, doctor, keys, serve, session, stats, up
 from client.commands.bench import cache, engine, gateway, peers, resume, tiers, triton
 from client.commands.bench import serve as bench_serve
 from client.commands.random_checkpoint import random_checkpoint
@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 app.command("build")(build)
 app.command("serve")(serve.serve)
+app.command("up")(up.up)
+app.command("doctor")(doctor.doctor)
 app.command("env")(serve.env)
 app.command("chat")(chat.chat)
 app.command("describe")(ask.describe)

@@ -12,6 +12,9 @@ Address = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line, for scripts.")]
 Repository = Annotated[Path, typer.Option(help="Model repository, as `wicore build` fills it.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="Configuration file. [default: wicore.json in the repository, if any]")
+]
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens. [default: the server's]")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token; higher is more varied.")]
 TopP = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that sum up to this share.")]

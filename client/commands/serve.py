@@ -8,18 +8,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from client.commands.options import DEFAULT_REPOSITORY, AsJson, Repository
+from client.commands.options import DEFAULT_REPOSITORY, AsJson, ConfigFile
 from client.commands.terminal import Status, command, emit, say
+from python_backends.errors import ConfigError, WiCoreError
 
 if TYPE_CHECKING:
     from client.gateway.settings import GatewaySettings
     from client.server import Server, ServerOptions, Supervisor
+    from python_backends.config import Config
 
 
 @command
 def serve(
     *,
-    repository: Repository = DEFAULT_REPOSITORY,
+    repository: Annotated[
+        Path | None,
+        typer.Option(
+            help="Model repository, as `wicore build` fills it. [default: the configuration's model_path, else "
+            f"{DEFAULT_REPOSITORY}]",
+            show_default=False,
+        ),
+    ] = None,
+    config: ConfigFile = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on. 0.0.0.0 serves the network: there is no authentication.")
     ] = "127.0.0.1",
@@ -45,7 +55,9 @@ def serve(
     gateway_port: Annotated[
         int | None, typer.Option(help="The gateway's port; 0 picks a free one. [default: wicore.json, else 8080]")
     ] = None,
-    drain: Annotated[int, typer.Option(min=0, help="Seconds that answers in flight get after a stop.")] = 30,
+    drain: Annotated[
+        int | None, typer.Option(min=0, help="Seconds that answers in flight get after a stop. [default: drain_s, 30]")
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart/--no-restart", help="Start again what dies of the server's processes.")
     ] = True,
@@ -63,10 +75,18 @@ def serve(
 
     wicore build google/gemma-3-1b-it && wicore serve
 
-    wicore serve --http-port 0 --grpc-port 0 --metrics-port 0 --json
+    wicore serve --config wicore.json
+
+    WICORE_MAX_BATCH_SIZE=4 wicore serve --http-port 0 --grpc-port 0 --metrics-port 0 --json
+
+    The configuration is the file that --config names, or wicore.json in the repository; variables WICORE_… go before
+    it, options before both. docs/configuration.md describes every key.
     """
     from client.server import ServerOptions
 
+    repository, settings = read_settings(repository, config)
+    if drain is not None:
+        settings = dataclasses.replace(settings, drain_s=drain)
     chosen = ServerOptions(
         repository,
         host,
@@ -74,15 +94,16 @@ def serve(
         grpc_port,
         metrics_port,
         response_cache_mb=response_cache_mb,
-        drain_s=drain,
+        drain_s=settings.drain_s,
         log_path=log,
         log_verbose=max(0, verbose - 1),
         model_config_name=model_config_name,
+        config=settings,
     )
     if admin_key:
         chosen = dataclasses.replace(chosen, admin_key=admin_key)
-    front = _gateway_settings(repository, gateway_host or host, gateway_port, drain) if gateway else None
-    _serve(chosen, front, restart=restart, show_log=bool(verbose), as_json=as_json)
+    front = gateway_settings(repository, settings, gateway_host or host, gateway_port) if gateway else None
+    serve_until_signal(chosen, front, restart=restart, show_log=bool(verbose), as_json=as_json)
 
 
 @command
@@ -106,18 +127,48 @@ def env() -> None:
         print(f"export {name}={shlex.quote(value)}")
 
 
-def _gateway_settings(repository: Path, host: str, port: int | None, drain_s: int) -> GatewaySettings | None:
+def read_settings(repository: Path | None, file: Path | None) -> tuple[Path, Config]:
+    """The repository to serve and the configuration, from an option, a file and the environment.
+
+    Raises:
+        ConfigError: as `config.load`; also a ``model_path`` that is no model repository, and a build in another
+            precision than ``trt_precision``.
+    """
+    from python_backends import config, manifest
+
+    settings = config.load_file(file) if file else config.load(repository or DEFAULT_REPOSITORY)
+    if repository is None and settings.model_path:
+        repository = Path(settings.model_path).expanduser()
+        if not repository.is_absolute() and file is not None:
+            repository = file.parent / repository
+        if not repository.is_dir() or (repository / "config.json").exists():
+            raise ConfigError(
+                f"model_path {settings.model_path!r} is no built model repository; `wicore up --config` takes a "
+                "checkpoint's folder or hub id and builds it first, or name a repository with --repository"
+            )
+    repository = repository or DEFAULT_REPOSITORY
+    if (repository / manifest.MANIFEST_NAME).exists():
+        built = manifest.read(repository)
+        wanted = settings.trt_precision
+        if built.runtime.startswith("tensorrt") and wanted not in ("auto", built.precision):
+            raise ConfigError(
+                f"trt_precision is {wanted} and {repository} was built in {built.precision}; build it anew, or leave "
+                "trt_precision out"
+            )
+    return repository, settings
+
+
+def gateway_settings(repository: Path, settings: Config, host: str, port: int | None) -> GatewaySettings | None:
     """Settings of the gateway; None for a repository without a model of WiCore's.
 
     Raises:
-        ArtifactError, ConfigError: the manifest or wicore.json cannot be used.
+        ArtifactError: the manifest cannot be used.
     """
     from client.gateway.settings import GatewaySettings
-    from python_backends import config, manifest
+    from python_backends import manifest
 
     if not (repository / manifest.MANIFEST_NAME).exists():
         return None
-    settings = config.load(repository)
     built = manifest.read(repository)
     return GatewaySettings(
         repository.resolve(),
@@ -127,11 +178,10 @@ def _gateway_settings(repository: Path, host: str, port: int | None, drain_s: in
         host=host,
         port=settings.server_port if port is None else port,
         config=settings,
-        drain_s=drain_s,
     )
 
 
-def _serve(
+def serve_until_signal(
     options: ServerOptions, gateway: GatewaySettings | None, *, restart: bool, show_log: bool, as_json: bool
 ) -> None:
     """Serve until a signal, or a death that is the last word.
@@ -177,7 +227,33 @@ def _introduce(running: Supervisor) -> None:
     say(f"Serving {running.server.options.repository} on {at.http} (HTTP) and {at.grpc} (gRPC)")
     if running.gateway:
         say(f"Gateway: {running.gateway.address}/v1 (OpenAI's API)")
+    for line in sizes(running.server):
+        say(line)
     say(f"Metrics: {at.metrics}   Log: {running.server.log_path}   Ctrl-C stops.")
+
+
+def sizes(server: Server) -> list[str]:
+    """What the model and the machine left of the sizes that were asked for."""
+    from client.commands.stats import read_stats, size
+
+    config = server.options.config
+    try:
+        found = read_stats(server.addresses.grpc) if config else {}
+    except WiCoreError:
+        return []  # a repository without WiCore's decoder
+    if config is None or not found:
+        return []
+    pairs = (
+        ("sequences at once", found["slots"], config.max_batch_size),
+        ("tokens each", found["max_context_length"], config.max_context_length),
+    )
+    lines = [
+        ", ".join(f"{got:,} {what}" + (f" (asked: {asked:,})" if got < asked else "") for what, got, asked in pairs)
+    ]
+    tiers = (found.get("kv_cache") or {}).get("tiers", {})
+    kept = ", ".join(f"{tier} {size(held['usable_bytes'])}" for tier, held in tiers.items())
+    lines += [f"kept KV {kept}"] if kept else []
+    return [f"Sizes: {line}" for line in lines]
 
 
 def ready_line(server: Server, supervisor: Supervisor | None = None) -> dict[str, object]:

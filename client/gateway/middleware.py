@@ -55,7 +55,7 @@ class Outermost:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        call = _Call(scope, send, self._settings.send_timeout_s)
+        call = _Call(scope, send, self._settings.config.send_timeout_s)
         begin = time.perf_counter()
         try:
             refused = _refused_headers(scope, self._settings.host)
@@ -180,7 +180,7 @@ class BodyReader:
             await refused(scope, receive, send)
             return
         try:
-            async with asyncio.timeout(self._settings.body_timeout_s):
+            async with asyncio.timeout(self._settings.config.body_timeout_s):
                 body = await self._read(headers, receive)
         except TimeoutError:
             text = "the body did not arrive in time; send it in one go"
@@ -205,7 +205,7 @@ class BodyReader:
         if too_large and int(announced) > most:
             raise _too_large(limit)
         while True:
-            async with asyncio.timeout(self._settings.idle_timeout_s):
+            async with asyncio.timeout(self._settings.config.idle_timeout_s):
                 message = await receive()
             if message["type"] == "http.disconnect":
                 return None

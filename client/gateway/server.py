@@ -42,9 +42,9 @@ class GatewayServer(uvicorn.Server):
             access_log=False,
             server_header=False,
             h11_max_incomplete_event_size=http_protocol.MAX_HEADER_BYTES,
-            timeout_keep_alive=int(settings.keep_alive_s),
+            timeout_keep_alive=int(settings.config.keep_alive_s),
             timeout_graceful_shutdown=CLOSE_S,
-            limit_concurrency=settings.max_connections,
+            limit_concurrency=settings.config.max_connections,
         )
         super().__init__(config)
 
@@ -66,7 +66,7 @@ class GatewayServer(uvicorn.Server):
         self._drain = self._loop.create_task(self._drain_and_exit())
 
     async def _drain_and_exit(self) -> None:
-        await self._lifecycle.drain(self._settings.drain_s)
+        await self._lifecycle.drain(self._settings.config.drain_s)
         self.should_exit = True
 
 
@@ -103,7 +103,7 @@ def main() -> None:
     settings = GatewaySettings.from_json(sys.stdin.readline())
     logs.start()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = settings.max_connections + 256
+    wanted = settings.config.max_connections + 256
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, hard)), hard))
     try:
         asyncio.run(serve(settings))

@@ -1,4 +1,4 @@
-"""What a gateway needs to know; one frozen value, made by `wicore serve` from `wicore.json` and the command line."""
+"""What a gateway needs to know: where things are, and the configuration; made by `wicore serve`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEYS_NAME = "api_keys.json"
 
 @dataclasses.dataclass(frozen=True)
 class GatewaySettings:
-    """Times are seconds."""
+    """Limits and times are the configuration's."""
 
     repository: Path
     """For its manifest (name and tokenizer), API keys and limits."""
@@ -31,16 +31,6 @@ class GatewaySettings:
     host: str = "127.0.0.1"
     port: int = 8080
     config: Config = dataclasses.field(default_factory=Config)
-    drain_s: float = 5.0
-    """How long answers in flight may go on after SIGTERM."""
-    body_timeout_s: float = 60.0
-    """From the headers until the body is complete."""
-    idle_timeout_s: float = 10.0
-    """Between two parts of a body."""
-    send_timeout_s: float = 30.0
-    """How long a client may leave what was sent to it unread."""
-    keep_alive_s: float = 75.0
-    max_connections: int = 2048
 
     @property
     def answer_timeout_s(self) -> float:

@@ -94,7 +94,7 @@ class Gateway:
         try:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                clean = self._process.wait(self.settings.drain_s + KILL_GRACE_S) == 0
+                clean = self._process.wait(self.settings.config.drain_s + KILL_GRACE_S) == 0
         finally:
             self.kill()
         if clean and not self._keeps_log:

@@ -7,6 +7,7 @@ from pathlib import Path
 from secrets import token_urlsafe
 
 from client.server.installation import Installation
+from python_backends.config import ENV_CONFIG, Config
 
 ADMIN_APIS = ("model-repository", "shared-memory", "logging", "trace")
 """APIs that change the server or open files of its host. Statistics and model configuration only read, and
@@ -38,6 +39,8 @@ class ServerOptions:
     start_timeout_s: float = 900.0
     drain_s: int = 5
     """How long answers in flight may go on after a stop."""
+    config: Config | None = None
+    """Of the stages; None: they read the repository's ``wicore.json`` themselves."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,12 @@ class Addresses:
     def metrics(self) -> str:
         """URL of the Prometheus metrics."""
         return f"http://{reachable(self.host)}:{self.metrics_port}/metrics"
+
+
+def environment(options: ServerOptions, installation: Installation) -> dict[str, str]:
+    """tritonserver's environment, which its stages inherit: the configuration goes that way."""
+    found = installation.environment()
+    return found if options.config is None else {**found, ENV_CONFIG: options.config.to_json()}
 
 
 def reachable(host: str) -> str:

@@ -21,7 +21,7 @@ import psutil
 
 from client.server import installation as installations
 from client.server import launcher, ports
-from client.server.options import Addresses, ServerOptions, command
+from client.server.options import Addresses, ServerOptions, command, environment
 from client.server.server_log import Progress, ServerLog
 from python_backends.errors import ServerStartError, ServerUnavailableError
 
@@ -150,7 +150,7 @@ class Server:
         started = threading.Event()
         # The kernel ties the child to the thread that starts it (PR_SET_PDEATHSIG), so that is the one that stays.
         self._reader = threading.Thread(
-            target=self._run, args=(program, installation.environment(), log_file, started), daemon=True
+            target=self._run, args=(program, environment(self.options, installation), log_file, started), daemon=True
         )
         self._reader.start()
         started.wait()
@@ -158,13 +158,13 @@ class Server:
             raise ServerStartError(f"cannot start {installation.binary}: {self.log.fatal}")
 
     def _run(
-        self, program: list[str], environment: dict[str, str], log_file: IO[bytes], started: threading.Event
+        self, program: list[str], variables: dict[str, str], log_file: IO[bytes], started: threading.Event
     ) -> None:
         with log_file:
             try:
                 process = subprocess.Popen(
                     program,
-                    env=environment,
+                    env=variables,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,

@@ -59,6 +59,7 @@ def open_runtime(manifest: Manifest, config: Config) -> OnnxRuntimeDecoder:
         block_tokens=config.kv_block_tokens,
         num_threads=config.num_threads,
         cpu_kernels=config.cpu_kernels,
+        kernel_fusion=config.enable_kernel_fusion,
     )
 
 
@@ -69,7 +70,7 @@ def _memory_limit(config: Config) -> float:
 
 def _fingerprint(manifest: Manifest, config: Config) -> str:
     """What KV depends on beside its layout: the build, and the kernels that run it."""
-    kernels = f"onnxruntime-{onnxruntime.__version__}/{config.cpu_kernels}"
+    kernels = f"onnxruntime-{onnxruntime.__version__}/{config.cpu_kernels}/{config.enable_kernel_fusion}"
     return f"{manifest.fingerprint}/{manifest.source}/{kernels}"
 
 

@@ -65,6 +65,7 @@ class KvCache:
         clock: seconds, monotonic.
         session_file: where names of sessions outlive the server; None: nowhere.
         defragmenter: of ``memory``; closed with the cache.
+        prefetch_tokens: most tokens of a prompt that are brought up from a disk; None: any number.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class KvCache:
         clock: Callable[[], float] = time.monotonic,
         session_file: Path | None = None,
         defragmenter: Defragmenter | None = None,
+        prefetch_tokens: int | None = None,
     ) -> None:
         self.layout = layout
+        self.prefetch_tokens = prefetch_tokens
         self._fingerprint = hashlib.sha256(f"{fingerprint}/{layout.identity}".encode()).digest()
         self._manager = manager
         self._stores = dict(stores)

@@ -62,8 +62,10 @@ class Hit:
         return match, [key for key in match.keys if not self.cache.in_memory(key)]
 
     def _worth_loading(self, match: Match, cold: list[EntryKey]) -> bool:
-        """Whether loading is expected to end before computing would."""
+        """Whether it is no more than is to be loaded, and expected to end before computing would."""
         cache, speeds = self.cache, self.cache.speeds
+        if cache.prefetch_tokens is not None and len(cold) * cache.layout.block_tokens > cache.prefetch_tokens:
+            return False
         if speeds is None or not self._token_s or match.tail is None:
             return True
         slow = {key.id for key in cold}

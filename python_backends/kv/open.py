@@ -72,9 +72,16 @@ def open_cache(layout: KvLayout, fingerprint: str, config: Config, memory_limit:
         log.info("KV cache: %s tier of %.3g GB", tier, store.usable_bytes / 1e9)
     sessions = None if nvme is None else Path(config.nvme_path) / "sessions.json"
     return KvCache(
-        layout, fingerprint, manager, stores, memory, Mover(stores), session_file=sessions,
+        layout,
+        fingerprint,
+        manager,
+        stores,
+        memory,
+        Mover(stores),
+        session_file=sessions,
         defragmenter=Defragmenter(list(memory.values()), largest),
-    )  # fmt: skip
+        prefetch_tokens=config.prefetch_size,
+    )
 
 
 def _open_nvme(layout: KvLayout, fingerprint: str, config: Config, largest: int) -> NvmeStore | None:

@@ -53,7 +53,7 @@ class OnnxRuntimeDecoder:
         memory_limit: bytes for KV caches.
         num_threads: compute threads; 0 takes every physical core.
         block_tokens: tokens of a KV block (`KvLayout`).
-        cpu_kernels: see `Config.cpu_kernels`.
+        cpu_kernels, kernel_fusion: see `Config`.
 
     Raises:
         ArtifactError: the graph is missing, corrupt or of another model.
@@ -71,8 +71,9 @@ class OnnxRuntimeDecoder:
         num_threads: int = 0,
         block_tokens: int = DEFAULT_BLOCK_TOKENS,
         cpu_kernels: str = "auto",
+        kernel_fusion: bool = True,
     ) -> None:
-        self._session = _open(folder / DECODER_FILE, num_threads, cpu_kernels)
+        self._session = _open(folder / DECODER_FILE, num_threads, cpu_kernels, kernel_fusion=kernel_fusion)
         inputs = {item.name: item for item in self._session.get_inputs()}
         if _interface(self._session) != _wanted_interface(model):
             raise ArtifactError(_rebuild(folder / DECODER_FILE, "it is a decoder of another model or version"))
@@ -270,8 +271,10 @@ class OnnxRuntimeVision:
         ArtifactError: the graph is missing or corrupt.
     """
 
-    def __init__(self, folder: Path, *, num_threads: int = 0, cpu_kernels: str = "auto") -> None:
-        self._session = _open(folder / VISION_FILE, num_threads, cpu_kernels)
+    def __init__(
+        self, folder: Path, *, num_threads: int = 0, cpu_kernels: str = "auto", kernel_fusion: bool = True
+    ) -> None:
+        self._session = _open(folder / VISION_FILE, num_threads, cpu_kernels, kernel_fusion=kernel_fusion)
         _, channels, height, width = self._session.get_inputs()[0].shape
         _, self._tokens, self._hidden = self._session.get_outputs()[0].shape
         self._image_shape = (int(channels), int(height), int(width))
@@ -305,8 +308,11 @@ class OnnxRuntimeVision:
         del self._session
 
 
-def _open(path: Path, num_threads: int, cpu_kernels: str) -> onnxruntime.InferenceSession:
+def _open(path: Path, num_threads: int, cpu_kernels: str, *, kernel_fusion: bool) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    if not kernel_fusion:  # our kernels run whole layers, and ONNX Runtime fuses above its basic level
+        cpu_kernels = "onnxruntime"
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.intra_op_num_threads = num_threads or psutil.cpu_count(logical=False) or 1
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL

@@ -187,7 +187,7 @@ def test_without_literal_files_to_copy_the_build_says_where_to_run(
 ) -> None:
     monkeypatch.setattr(repository, "TRACKED", tmp_path / "nothing")
     assert build(checkpoint, built.manifest.repository, INT8).up_to_date
-    with pytest.raises(BuildError, match=r"has no config\.pbtxt .*; build from a checkout of the project"):
+    with pytest.raises(BuildError, match=r"has no config\.pbtxt .*; install WiCore again"):
         build(checkpoint, tmp_path / "other", INT8)
 
 

@@ -1,7 +1,7 @@
 """Everything that needs a card, in one go: `python -m tests.gpu.run --out FOLDER`.
 
-Needs cuda-bindings, triton==3.6.0 (to compile kernels), and for the parity section PyTorch and transformers. Prints rows
-as they come and keeps them in ``gpu.json``.
+Needs cuda-bindings, triton==3.6.0 (to compile kernels), and for the parity section PyTorch and transformers. Prints
+rows as they come and keeps them in ``gpu-….json``.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _guard(report: Report, section: str, run: Callable[[], None]) -> None:
         run()
     except Exception as error:
         traceback.print_exc()
-        report.row("failed", section=section, error=f"{type(error).__name__}: {error}"[:300])
+        report.row("failed", part=section, error=f"{type(error).__name__}: {error}"[:300])
 
 
 if __name__ == "__main__":

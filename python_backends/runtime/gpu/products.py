@@ -1,7 +1,7 @@
-"""What lies between two attentions, by kernels of ours: products that read each weight once, norms that add up the parts.
+"""What lies between two attentions, by kernels of ours: products that read each weight once, norms that add up parts.
 
-Weights in eight bits meet activations in eight bits, quantized per token where they are made: the tensor cores take both
-as they are, while widening weights in registers is bound by the widening (an H200 reads them at half of its rate then).
+Weights in eight bits meet activations in eight bits, quantized per token where they are made: the tensor cores take
+both as they are, while widening weights in registers is bound by the widening (an H200 reads them at half its rate).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ StartGateway = Callable[..., Gateway]
 @pytest.fixture(scope="session")
 def settings(server: Server, repository: Path) -> GatewaySettings:
     """Free port."""
-    return GatewaySettings(repository, MODEL, triton=server.addresses.grpc, port=0, drain_s=10)
+    return GatewaySettings(repository, MODEL, triton=server.addresses.grpc, port=0, config=Config(drain_s=10))
 
 
 @pytest.fixture(scope="session")

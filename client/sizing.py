@@ -1,0 +1,126 @@
+"""What of a model fits this machine: runtime, precision, and how many sequences of what length."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from builders.build import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from builders.checkpoint import Checkpoint, open_checkpoint
+from builders.quantize import PER_CHANNEL
+from client.gateway.gpu import GpuMeter
+from python_backends.config import Config
+from python_backends.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
+BYTES_PER_WEIGHT: dict[Precision, float] = {"bf16": 2.0, "int8": 1.13, "int4": 0.63}
+"""With their scales; int4 keeps embeddings and attention in eight bits."""
+LADDER: dict[str, tuple[Precision, ...]] = {"gpu": ("bf16", "int8", "int4"), "cpu": ("int8", "int4")}
+"""From the finest on."""
+WEIGHTS_SHARE = 0.6
+"""Of the memory that is free, what weights may take; the rest is for KV, steps and the other processes."""
+KV_SHARE = 0.7
+"""Of what weights leave, what KV may take."""
+SHORTEST_CONTEXT = 8192
+"""Rather fewer sequences than shorter ones than this."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build and how large to serve it. Sizes are GB, lengths tokens."""
+
+    runtime: str
+    precision: Precision
+    block_size: int | None
+    weights_gb: float
+    free_gb: float
+    max_batch_size: int
+    max_context_length: int
+    kv_gb: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.precision} for {self.runtime}, {self.weights_gb:.2g} of {self.free_gb:.3g} GB for weights; "
+            f"{self.max_batch_size} sequences of {self.max_context_length:,} tokens in {self.kv_gb:.2g} GB"
+        )
+
+    def configuration(self) -> dict[str, Any]:
+        """The keys of wicore.json that the plan decides."""
+        memory = "cpu_memory_gb" if self.runtime == ONNXRUNTIME else "gpu_memory_gb"
+        size = self.kv_gb if self.runtime == ONNXRUNTIME else self.free_gb
+        return {
+            "max_batch_size": self.max_batch_size,
+            "max_context_length": self.max_context_length,
+            memory: round(size, 3),
+        }
+
+
+def choose(folder: Path, settings: Config) -> Plan:
+    """The finest precision that fits, and as many sequences as its rest of memory holds.
+
+    Raises:
+        BuildError: no checkpoint that can be built.
+        ConfigError: it does not fit in any precision.
+    """
+    checkpoint = open_checkpoint(folder)
+    runtime, free = _runtime(settings)
+    ladder = LADDER["cpu" if runtime == ONNXRUNTIME else "gpu"]
+    if runtime != ONNXRUNTIME and settings.trt_precision != "auto":
+        ladder = (settings.trt_precision,)  # type: ignore[assignment]  # Config.__post_init__ has checked it
+    weights = _num_weights(checkpoint)
+    for precision in ladder:
+        needed = weights * BYTES_PER_WEIGHT.get(precision, 4.0 if precision == "fp32" else 2.0)
+        if needed <= free * WEIGHTS_SHARE:
+            break
+    else:
+        raise ConfigError(
+            f"{folder.name} has {weights / 1e9:.2g} billion weights; in {ladder[-1]} they take "
+            f"{needed / 1e9:.2g} GB, more than {WEIGHTS_SHARE:.0%} of the {free / 1e9:.2g} GB that are "
+            "free; take a smaller model or a larger machine"
+        )
+    slots, context, kv = _slots(checkpoint, settings, (free - needed) * KV_SHARE)
+    block = PER_CHANNEL if runtime != ONNXRUNTIME and precision == "int8" else None
+    return Plan(runtime, precision, block, needed / 1e9, free / 1e9, slots, context, kv / 1e9)
+
+
+def _runtime(settings: Config) -> tuple[str, float]:
+    """What executes the model here, and the bytes it may take."""
+    gpu = GpuMeter().read()
+    for module, name in (("tensorrt", TENSORRT), ("tensorrt_rtx", TENSORRT_RTX)):
+        if gpu is not None and importlib.util.find_spec(module):
+            free = gpu.memory_total_bytes - gpu.memory_used_bytes
+            return name, min(float(free), settings.gpu_memory_gb * 1e9)
+    return ONNXRUNTIME, min(float(psutil.virtual_memory().available), settings.cpu_memory_gb * 1e9)
+
+
+def _num_weights(checkpoint: Checkpoint) -> int:
+    total = 0
+    for tensor in checkpoint.tensors.values():
+        count = 1
+        for size in tensor.shape:
+            count *= size
+        total += count
+    return total
+
+
+def _slots(checkpoint: Checkpoint, settings: Config, room: float) -> tuple[int, int, float]:
+    """(sequences, tokens of each, bytes): the context shrinks first, then the number of sequences."""
+    text = checkpoint.config.text
+    context = min(settings.max_context_length, text.max_context_length)
+    slots = settings.max_batch_size
+    layers = [kind == "global" for kind in text.layer_types]
+
+    def kv_bytes(tokens: int) -> int:
+        """Of one sequence in the slots' 2 bytes a number; local layers hold their window."""
+        a_token = 2 * text.num_kv_heads * text.head_dim * 2
+        return a_token * sum(tokens if is_global else min(tokens, text.sliding_window) for is_global in layers)
+
+    while slots * kv_bytes(context) > room and context > SHORTEST_CONTEXT:
+        context //= 2
+    while slots * kv_bytes(context) > room and slots > 1:
+        slots -= 1
+    return slots, context, min(room, float(slots * kv_bytes(context)) * 1.1)
