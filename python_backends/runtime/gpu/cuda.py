@@ -241,7 +241,7 @@ class HostBuffer:
         flags = cu.CU_MEMHOSTALLOC_PORTABLE | cu.CU_MEMHOSTALLOC_DEVICEMAP
         self.address = int(_check(cu.cuMemHostAlloc(num_bytes, flags)))
         raw = (ctypes.c_uint8 * num_bytes).from_address(self.address)
-        self.array: NDArray[np.uint8] = np.frombuffer(raw, np.uint8)
+        self.array: NDArray[np.uint8] = np.frombuffer(memoryview(raw), np.uint8)
 
     def close(self) -> None:
         """Give it back; nothing may use ``array`` afterwards."""
@@ -279,14 +279,14 @@ def _copy(piece: Piece, host: int, stream: Any, *, out: bool) -> None:
 
 def _open_device(ordinal: int) -> Any:
     try:
-        (error,) = cu.cuInit(0)
+        (status,) = cu.cuInit(0)
     except Exception as error:  # the binding raises its loader's own exceptions
         raise ArtifactError(
             "no NVIDIA driver was found; install it (nvidia-smi must list the GPU), or build for the CPU with "
             "`wicore build CHECKPOINT --runtime onnxruntime`"
         ) from error
-    if error != cu.CUresult.CUDA_SUCCESS:
-        raise ArtifactError(f"the NVIDIA driver cannot be used ({error.name}); does nvidia-smi list the GPU?")
+    if status != cu.CUresult.CUDA_SUCCESS:
+        raise ArtifactError(f"the NVIDIA driver cannot be used ({status.name}); does nvidia-smi list the GPU?")
     count = _check(cu.cuDeviceGetCount())
     if ordinal >= count:
         raise ArtifactError(f"GPU {ordinal} of {count}; set CUDA_VISIBLE_DEVICES, or build with --runtime onnxruntime")

@@ -281,11 +281,11 @@ def _join_positions(parts: Sequence[StepOutputs]) -> StepOutputs:
     """Outputs of consecutive positions as one."""
     if len(parts) == 1:
         return parts[0]
-    names = [field.name for field in dataclasses.fields(StepOutputs)]
-    found = {name: [getattr(part, name) for part in parts] for name in names}
-    return StepOutputs(
-        **{name: None if arrays[0] is None else np.concatenate(arrays, 1) for name, arrays in found.items()}
-    )
+    joined: dict[str, Any] = {}
+    for field in dataclasses.fields(StepOutputs):
+        arrays = [getattr(part, field.name) for part in parts]
+        joined[field.name] = None if arrays[0] is None else np.concatenate(arrays, 1)
+    return StepOutputs(**joined)
 
 
 def _most_likely(logits: NDArray[np.float32], count: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

@@ -88,7 +88,7 @@ def load_weights(device: Device, index: GpuWeights, progress: Callable[[int], No
                 wanted = min(_PIECE_BYTES, index.num_bytes - start)
                 done = 0
                 while done < wanted:
-                    count = file.readinto(memoryview(piece)[done:wanted])
+                    count = file.readinto(piece.data[done:wanted])
                     if not count:
                         raise ArtifactError(f"{index.path} is truncated; build again with `wicore build --force`")
                     done += count

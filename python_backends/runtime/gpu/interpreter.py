@@ -118,13 +118,14 @@ class Replay:
 def host_view(tensor: Tensor) -> NDArray[Any]:
     """The elements of a tensor that lies in this process's memory."""
     raw = (ctypes.c_uint8 * tensor.num_bytes).from_address(tensor.address)
-    return np.frombuffer(raw, DTYPES[tensor.dtype]).reshape(tensor.shape)
+    found: NDArray[Any] = np.frombuffer(memoryview(raw), DTYPES[tensor.dtype]).reshape(tensor.shape)
+    return found
 
 
 def _runs(piece: Piece) -> NDArray[np.uint8]:
     """The runs [height, width] of a piece, as they lie."""
     length = piece.pitch * (piece.height - 1) + piece.width
-    flat = np.frombuffer((ctypes.c_uint8 * length).from_address(piece.address), np.uint8)
+    flat = np.frombuffer(memoryview((ctypes.c_uint8 * length).from_address(piece.address)), np.uint8)
     return np.lib.stride_tricks.as_strided(flat, (piece.height, piece.width), (piece.pitch, 1))
 
 

@@ -197,7 +197,7 @@ class PagedKv:
     def export_slot(self, slot: int, length: int) -> PagedState:
         """Everything of ``length`` tokens, in host memory."""
         payload = np.empty(self._slot_bytes(length), np.uint8)
-        self.export(self._whole(slot, length), memoryview(payload))
+        self.export(self._whole(slot, length), payload.data)
         return PagedState(length, payload, self.layout.identity)
 
     def import_slot(self, slot: int, state: SlotState) -> None:
@@ -209,7 +209,7 @@ class PagedKv:
         if not isinstance(state, PagedState) or state.identity != self.layout.identity:
             raise InternalError(f"a slot state of another runtime: {type(state).__name__}")
         self.reserve([(slot, state.length)])
-        self.import_(self._whole(slot, state.length), memoryview(state.payload))
+        self.import_(self._whole(slot, state.length), state.payload.data)
 
     def _whole(self, slot: int, length: int) -> list[Piece]:
         full = length - length % self.layout.block_tokens

@@ -86,7 +86,7 @@ class Program:
         self._normed = device.allocate(act, max_logit_rows, model.hidden_size)
         self._logits = device.allocate("fp32", max_logit_rows, model.vocab_size)
         self._adjusted = device.allocate("fp32", max_logit_rows, model.vocab_size)
-        self._results = device.allocate("i32", 2 * max_logit_rows * (1 + MAX_TOP_N))
+        self._results = device.allocate("i32", 2 * (max_logit_rows + 4) * (1 + MAX_TOP_N))
         self._choice_scratch = choice.Scratch.allocate(device, max_logit_rows, model.vocab_size)
         self._features = device.allocate("fp32", max_tokens if model.image else 1, model.hidden_size)
         global_layers = [layer for layer, kind in enumerate(model.layer_types) if kind == "global"]
@@ -131,17 +131,18 @@ class Program:
     def results(self, bucket: Bucket) -> Results:
         """Where a bucket's steps leave their results."""
         rows, top = bucket.logit_rows, bucket.top_n if bucket.top_n <= MAX_TOP_N else 0
+        step = -(-rows // 4) * 4  # addresses are multiples of 16 bytes
         words, at = self._results, self._results.address
 
         def part(first: int, dtype: str, *shape: int) -> Tensor:
             return Tensor(at + 4 * first, dtype, shape)
 
         return Results(
-            words.view(0, 2 * rows * (1 + top)),
+            words.view(0, 2 * step * (1 + top)),
             part(0, "i32", rows),
-            part(rows, "fp32", rows),
-            part(2 * rows, "i32", rows, top) if top else None,
-            part(2 * rows + rows * top, "fp32", rows, top) if top else None,
+            part(step, "fp32", rows),
+            part(2 * step, "i32", rows, top) if top else None,
+            part(2 * step + step * top, "fp32", rows, top) if top else None,
             self._logits.view(0, rows, self._model.vocab_size),
         )
 
@@ -169,8 +170,9 @@ class Program:
                 features=self._features if bucket.images else None,
             )
         ]
-        found, qkv = self._products.first(tokens, stream)
+        found, first = self._products.first(tokens, stream)
         steps += found
+        qkv: Tensor | None = first
         for layer in range(model.num_layers):
             if qkv is None:
                 raise InternalError(f"no projections for layer {layer}")

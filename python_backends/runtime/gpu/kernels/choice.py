@@ -82,8 +82,8 @@ class Scratch:
     def allocate(cls, device: Device, rows: int, vocab_size: int) -> Scratch:
         """For ``rows`` rows of logits."""
         pieces = cdiv(vocab_size, PIECE)
-        floats = [device.allocate("fp32", rows, pieces) for _ in range(3)]
-        return cls(*floats, device.allocate("i32", rows, pieces))
+        peaks, sums, bests = (device.allocate("fp32", rows, pieces) for _ in range(3))
+        return cls(peaks, sums, bests, device.allocate("i32", rows, pieces))
 
 
 def choose(

@@ -314,11 +314,12 @@ def candidates(weight: Matrix, x: Tensor | Quantized, capability: int, *, gated:
         for block_k in (64, 128, 256):
             for warps in (4, 8):
                 for stages in (2, 3, 4, 5, 6):
+                    blocks: tuple[int, ...] = (best.block_m,)
+                    splits: tuple[int, ...] = (1,)
                     if tokens <= SKINNY_TOKENS:
-                        blocks = (best.block_m,)
                         splits = (1,) if gated else tuple(sorted({1, 2, 4, best.split}))
                     else:
-                        blocks, splits = (64, 128, 256), (1,)
+                        blocks = (64, 128, 256)
                     found += [
                         Config(block_n, block_m, block_k, split, warps, stages)
                         for block_m in blocks
