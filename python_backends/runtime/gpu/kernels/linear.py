@@ -134,14 +134,17 @@ def step_of(
         values = tl.load(at, mask=inside[:, None] & (k[None, :] < K), other=0.0)
     else:
         values = tl.load(at)
+    # One return: the compiler also reads what follows a return inside a branch.
     if tokens.dtype == tl.int8:
-        return tl.dot(values, tokens, acc, out_dtype=tl.int32)
-    if tokens.dtype == tl.float8e4nv:
+        result = tl.dot(values, tokens, acc, out_dtype=tl.int32)
+    elif tokens.dtype == tl.float8e4nv:
         # The tensor cores of sm_90 add fp8 products in 14 bits or so; every tile is added in float32.
-        return tl.dot(values, tokens, acc, max_num_imprecise_acc=BK)
-    if _INTERPRETED:  # which casts no integers to bfloat16
-        values = values.to(tl.float32)
-    return multiply(values.to(tokens.dtype), tokens, acc)
+        result = tl.dot(values, tokens, acc, max_num_imprecise_acc=BK)
+    elif _INTERPRETED:  # which casts no integers to bfloat16
+        result = multiply(values.to(tl.float32).to(tokens.dtype), tokens, acc)
+    else:
+        result = multiply(values.to(tokens.dtype), tokens, acc)
+    return result
 
 
 @jit
