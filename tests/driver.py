@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from builders.checkpoint import ModelConfig, open_checkpoint
 from builders.graph import write_decoder, write_vision_encoder
 from builders.quantize import Precision
-from python_backends.decoder.batch import filler
 from python_backends.manifest import ImageShape, ModelShape
 from python_backends.runtime.base import StepInputs
 from python_backends.runtime.onnxruntime import OnnxRuntimeDecoder, OnnxRuntimeVision
@@ -130,6 +129,8 @@ class Driver:
     def append(self, ranges: Sequence[tuple[int, int]]) -> None:
         """One step: rows take prompt tokens [start, stop); (0, 0) is idle."""
         chunks = [prompt.ids[start:stop] for prompt, (start, stop) in zip(self.prompts, ranges, strict=True)]
+        from python_backends.decoder.batch import filler  # needs what a GPU host may lack
+
         fills = [filler(b - a, b, self.runtime.max_draft) for a, b in ranges]
         filled = [[*chunk, *[0] * fill] for chunk, fill in zip(chunks, fills, strict=True)]
         inputs = step_inputs(0, filled, self.done)
