@@ -33,7 +33,7 @@ class LinkSpeeds:
     """Bandwidth of every link, an average over bytes that forgets (EWMA). Thread-safe.
 
     Args:
-        assumed: bytes a second of links before they are measured; `MEMORY_BYTES_PER_S` or `DISK_BYTES_PER_S` where None.
+        assumed: bytes a second of links that nothing measured; None: `MEMORY_BYTES_PER_S`, `DISK_BYTES_PER_S`.
         clock: seconds, monotonic.
     """
 
