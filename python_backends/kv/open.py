@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from python_backends.config import Config
@@ -15,6 +16,7 @@ from python_backends.kv.mover import Mover
 from python_backends.kv.policies import make_policies
 from python_backends.kv.tiers.arena import Arena, alignment_for
 from python_backends.kv.tiers.base import MemoryStore, TierStore
+from python_backends.kv.tiers.memory import Memory, plain_memory
 from python_backends.kv.tiers.nvme import NvmeStore
 from python_backends.runtime.base import KvLayout
 
@@ -26,7 +28,13 @@ FEWEST_TAILS = 4
 """A tier that does not hold so many tails is not worth having."""
 
 
-def open_cache(layout: KvLayout, fingerprint: str, config: Config, memory_limit: int) -> KvCache | None:
+def open_cache(
+    layout: KvLayout,
+    fingerprint: str,
+    config: Config,
+    memory_limit: int,
+    allocate: Callable[[int], Memory] = plain_memory,
+) -> KvCache | None:
     """The cache that a configuration asks for; None where memory does not suffice.
 
     Args:
@@ -34,6 +42,8 @@ def open_cache(layout: KvLayout, fingerprint: str, config: Config, memory_limit:
         fingerprint: what else the KV depends on: weights, precision, kernels.
         config: the ``hmt_…``, ``kv_…`` and ``nvme_…`` keys.
         memory_limit: bytes for the tiers in memory together.
+        allocate: where their memory comes from; a runtime on a GPU gives `memory.pinned_memory`, which its copies
+            reach at full speed.
 
     Raises:
         ConfigError: no such policy, or an NVMe limit that is too small.
@@ -50,8 +60,8 @@ def open_cache(layout: KvLayout, fingerprint: str, config: Config, memory_limit:
         return None
     alignment = alignment_for(layout.block_bytes)
     memory: dict[Tier, MemoryStore] = {
-        "device": Arena("device", device_bytes, alignment=alignment),
-        "host": Arena("host", memory_limit - device_bytes, alignment=alignment),
+        "device": Arena("device", device_bytes, alignment=alignment, allocate=allocate),
+        "host": Arena("host", memory_limit - device_bytes, alignment=alignment, allocate=allocate),
     }
     stores: dict[Tier, TierStore] = {**memory}
     nvme = _open_nvme(layout, fingerprint, config, largest)
