@@ -47,6 +47,8 @@ MAY_BE_ZERO = frozenset(
 )
 CHOICES = {
     "cpu_kernels": ("auto", "onnxruntime"),
+    "kv_host_precision": ("as-is", "int8", "int4"),
+    "kv_nvme_precision": ("as-is", "int8", "int4"),
     "trt_precision": ("auto", "fp32", "bf16", "fp16", "fp8", "int8", "int4"),
 }
 
@@ -139,6 +141,10 @@ class Config:
     """What the KV of one ``cache_salt`` may take on each tier (GB), so that nobody crowds others out; 0: no limit."""
     kv_block_tokens: int = 64
     """Tokens of a KV block."""
+    kv_host_precision: str = "as-is"
+    """What KV is kept in on the host tier: as it is, or rounded, which changes answers; see docs/hmt-tiers.md."""
+    kv_nvme_precision: str = "as-is"
+    """The same on the disk."""
     prefetch_size: int = 131_072
     """Most tokens of a waiting prompt whose KV is brought up from the disk; what lies further is computed. 0: none."""
     hmt_eviction_policy: str = "a2cr"

@@ -16,6 +16,8 @@ from python_backends.kv.mover import Mover
 from python_backends.kv.policies import make_policies
 from python_backends.kv.tiers.arena import Arena, alignment_for
 from python_backends.kv.tiers.base import MemoryStore, TierStore
+from python_backends.kv.tiers.codec import make_codec
+from python_backends.kv.tiers.coded import CodedArena
 from python_backends.kv.tiers.memory import Memory, plain_memory
 from python_backends.kv.tiers.nvme import NvmeStore
 from python_backends.runtime.base import KvLayout
@@ -46,7 +48,7 @@ def open_cache(
             reach at full speed.
 
     Raises:
-        ConfigError: no such policy, or an NVMe limit that is too small.
+        ConfigError: no such policy, an NVMe limit that is too small, or a precision that the layout cannot be kept in.
     """
     largest = layout.largest_tail_bytes
     device_bytes = int(memory_limit * DEVICE_SHARE)
@@ -58,10 +60,14 @@ def open_cache(
             largest / 1e9,
         )
         return None
+    # Entries reach the disk from the host, so both precisions are part of what they are.
+    rounded = {config.kv_host_precision, config.kv_nvme_precision} != {"as-is"}
+    if rounded:
+        fingerprint += f"/host-{config.kv_host_precision}/nvme-{config.kv_nvme_precision}"
     alignment = alignment_for(layout.block_bytes)
     memory: dict[Tier, MemoryStore] = {
         "device": Arena("device", device_bytes, alignment=alignment, allocate=allocate),
-        "host": Arena("host", memory_limit - device_bytes, alignment=alignment, allocate=allocate),
+        "host": _open_host(layout, config, memory_limit - device_bytes, allocate),
     }
     stores: dict[Tier, TierStore] = {**memory}
     nvme = _open_nvme(layout, fingerprint, config, largest)
@@ -94,6 +100,15 @@ def open_cache(
     )
 
 
+def _open_host(
+    layout: KvLayout, config: Config, limit_bytes: int, allocate: Callable[[int], Memory]
+) -> Arena | CodedArena:
+    codec = make_codec(config.kv_host_precision, layout.dtype)
+    block = layout.block_bytes if codec is None else codec.stored_bytes(layout.block_bytes)
+    arena = Arena("host", limit_bytes, alignment=alignment_for(block), allocate=allocate)
+    return arena if codec is None else CodedArena(arena, codec, layout.block_bytes)
+
+
 def _open_nvme(layout: KvLayout, fingerprint: str, config: Config, largest: int) -> NvmeStore | None:
     """The tier on disk; a folder that cannot be used costs the tier, never the server."""
     if not config.nvme_path or not config.nvme_memory_gb:
@@ -105,6 +120,7 @@ def _open_nvme(layout: KvLayout, fingerprint: str, config: Config, largest: int)
             fingerprint=f"{fingerprint}/{layout.identity}".encode(),
             block_bytes=layout.block_bytes,
             largest_bytes=largest,
+            codec=make_codec(config.kv_nvme_precision, layout.dtype),
             free_floor_bytes=int(config.nvme_free_floor_gb * 1e9),
             write_budget_bytes=int(config.nvme_daily_writes_gb * 1e9) or None,
         )
