@@ -174,9 +174,15 @@ class Config:
             if not low <= value < math.inf:  # also true for NaN
                 raise ConfigError(f"{field.name} is {value}; it must be at least {low}")
 
+    def changed(self) -> dict[str, Any]:
+        """What is not as by default. `from_values` makes an equal configuration of it: keys nobody set contradict none."""
+        defaults = Config()
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: value for key, value in values.items() if value != getattr(defaults, key)}
+
     def to_json(self) -> str:
-        """Every key, for another process; `load` reads it from ``WICORE_CONFIG``."""
-        return json.dumps(dataclasses.asdict(self))
+        """What is not as by default, for another process; `load` reads it from ``WICORE_CONFIG``."""
+        return json.dumps(self.changed())
 
 
 def load(folder: Path, environment: Mapping[str, str] = os.environ) -> Config:

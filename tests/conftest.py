@@ -5,6 +5,9 @@ import signal
 
 from hypothesis import settings
 
+# GPU kernels are interpreted. Triton-lang reads the variable when it is first imported, which PyTorch may do.
+os.environ["TRITON_INTERPRET"] = "1"
+
 # A run started in the background of a script inherits an ignored SIGINT and would hand it on to every program that the
 # tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
