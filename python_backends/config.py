@@ -175,7 +175,7 @@ class Config:
                 raise ConfigError(f"{field.name} is {value}; it must be at least {low}")
 
     def changed(self) -> dict[str, Any]:
-        """What is not as by default. `from_values` makes an equal configuration of it: keys nobody set contradict none."""
+        """What is not as by default; `from_values` makes the same of it, and keys that nobody set contradict none."""
         defaults = Config()
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {key: value for key, value in values.items() if value != getattr(defaults, key)}

@@ -153,7 +153,8 @@ class StepOutputs:
     """[B, R, V], the model's own, only when asked for."""
     block_attention: Float32 | None = None
     """[B, blocks] share of its attention that the row's last position in ``logit_positions`` gave each block of
-    ``attention_block`` tokens, in one global layer, averaged over the heads; a row sums to 1. None where not asked for."""
+    ``attention_block`` tokens, in one global layer, averaged over the heads; a row sums to 1. None where not asked
+    for."""
 
 
 class DecoderRuntime(Protocol):
