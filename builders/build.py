@@ -21,11 +21,10 @@ from builders.side_files import write_image_processor, write_tokenizer
 from python_backends import contract, manifest
 from python_backends.config import Config
 from python_backends.errors import ArtifactError, BuildError
-from python_backends.manifest import ImageShape, Manifest, ModelShape
+from python_backends.manifest import ONNXRUNTIME, TENSORRT, TENSORRT_RTX, ImageShape, Manifest, ModelShape
 from python_backends.prompt import open_files
 from python_backends.runtime.gpu.weights import GROUP
 
-ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt-rtx"
 RUNTIME = ONNXRUNTIME
 RUNTIMES: dict[str, tuple[PrecisionName, ...]] = {
     ONNXRUNTIME: ("fp32", "fp16", "int8", "int4"),

@@ -103,10 +103,11 @@ def build(
     wicore build ./gemma-3-4b-it --precision int4 --block-size 64 --repository /srv/models
     """
     try:
-        from builders.build import ONNXRUNTIME, Options, Silence
+        from builders.build import Options, Silence
         from builders.build import build as run
         from builders.hub import resolve
         from builders.quantize import PER_CHANNEL, Precision
+        from python_backends.manifest import ONNXRUNTIME
 
         precision = precision or default_precision(runtime, repository)
         if block_size is None and runtime != ONNXRUNTIME and precision is PrecisionChoice.INT8:
@@ -139,8 +140,8 @@ def default_precision(runtime: str, repository: Path) -> PrecisionChoice:
     Raises:
         ConfigError: the configuration cannot be used.
     """
-    from builders.build import ONNXRUNTIME
     from python_backends import config
+    from python_backends.manifest import ONNXRUNTIME
 
     wanted = "auto" if runtime == ONNXRUNTIME else config.load(repository).trt_precision
     return PrecisionChoice.INT8 if wanted == "auto" else PrecisionChoice(wanted)

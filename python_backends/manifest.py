@@ -20,6 +20,8 @@ from typing import Any
 
 from python_backends.errors import ArtifactError
 
+ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt-rtx"
+"""What `Manifest.runtime` may be; the latter two are for GPUs."""
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 """Raised whenever artefacts or manifest change so that an older server could misread them."""

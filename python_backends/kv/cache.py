@@ -60,7 +60,8 @@ class KvCache:
         layout: of the runtime whose KV it holds.
         fingerprint: what else the KV depends on: weights, precision, kernels.
         manager: with the limits of ``stores``.
-        stores: by tier; "device" and "host" in memory.
+        stores: by tier.
+        memory: those of them that are in memory, "device" or "host" or both; entries are made in the first.
         mover: copies between tiers; None copies at once on the thread that asks (no waiting on disks then).
         clock: seconds, monotonic.
         session_file: where names of sessions outlive the server; None: nowhere.
@@ -87,6 +88,7 @@ class KvCache:
         self._manager = manager
         self._stores = dict(stores)
         self._memory = dict(memory)
+        self._first: Tier = next(tier for tier in TIERS if tier in memory)
         self._mover = mover
         self._defragmenter = defragmenter
         self._clock = clock
@@ -191,7 +193,7 @@ class KvCache:
         with self.lock:
             if self._closed:
                 return False
-            insert = self._manager.insert(key, "device", self._clock(), recompute_s=recompute_s, visit=visit)
+            insert = self._manager.insert(key, self._first, self._clock(), recompute_s=recompute_s, visit=visit)
             self._filling |= {key.id} if insert.accepted and not insert.known else set()
         for move in insert.evict:
             self._run(move, URGENT, WRITE_DEADLINE_S, inline=True)
@@ -203,11 +205,11 @@ class KvCache:
 
     def _fill(self, key: EntryKey, export: Callable[[memoryview], None]) -> bool:
         try:
-            with self._memory["device"].fill(key) as room:
+            with self._memory[self._first].fill(key) as room:
                 export(room)
         except TierError as error:
             with self.lock:
-                self._manager.lost(key, "device", error.reason, self._clock())
+                self._manager.lost(key, self._first, error.reason, self._clock())
             return False
         finally:
             with self.lock:

@@ -26,7 +26,9 @@ FEWEST_TAILS = 4
 """A tier that does not hold so many tails is not worth having."""
 
 
-def open_cache(layout: KvLayout, fingerprint: str, config: Config, memory_limit: int) -> KvCache | None:
+def open_cache(
+    layout: KvLayout, fingerprint: str, config: Config, memory_limit: int, *, device_share: float = DEVICE_SHARE
+) -> KvCache | None:
     """The cache that a configuration asks for; None where memory does not suffice.
 
     Args:
@@ -34,13 +36,16 @@ def open_cache(layout: KvLayout, fingerprint: str, config: Config, memory_limit:
         fingerprint: what else the KV depends on: weights, precision, kernels.
         config: the ``hmt_…``, ``kv_…`` and ``nvme_…`` keys.
         memory_limit: bytes for the tiers in memory together.
+        device_share: of them for the device tier; with 0 there is none.
 
     Raises:
         ConfigError: no such policy, or an NVMe limit that is too small.
     """
     largest = layout.largest_tail_bytes
-    device_bytes = int(memory_limit * DEVICE_SHARE)
-    if device_bytes < FEWEST_TAILS * largest:
+    sizes: dict[Tier, int] = {"device": int(memory_limit * device_share)}
+    sizes["host"] = memory_limit - sizes["device"]
+    sizes = {tier: size for tier, size in sizes.items() if size}
+    if min(sizes.values(), default=0) < FEWEST_TAILS * largest:
         log.warning(
             "no KV cache: %.3g GB of memory do not hold %d entries of %.3g GB; raise cpu_memory_gb or kv_cache_share",
             memory_limit / 1e9,
@@ -49,10 +54,7 @@ def open_cache(layout: KvLayout, fingerprint: str, config: Config, memory_limit:
         )
         return None
     alignment = alignment_for(layout.block_bytes)
-    memory: dict[Tier, MemoryStore] = {
-        "device": Arena("device", device_bytes, alignment=alignment),
-        "host": Arena("host", memory_limit - device_bytes, alignment=alignment),
-    }
+    memory: dict[Tier, MemoryStore] = {tier: Arena(tier, size, alignment=alignment) for tier, size in sizes.items()}
     stores: dict[Tier, TierStore] = {**memory}
     nvme = _open_nvme(layout, fingerprint, config, largest)
     if nvme is not None:

@@ -176,6 +176,13 @@ def argument_types(launch: Launch) -> tuple[str, ...]:
 
 
 @cache
+def sources_hash() -> str:
+    """Over the texts of all kernel modules."""
+    texts = [(path.name, path.read_text()) for path in sorted(_KERNEL_FOLDER.glob("*.py"))]
+    return hashlib.sha256(repr(texts).encode()).hexdigest()
+
+
+@cache
 def source_hash(module: str) -> str:
     """Over the text of a kernel module and of the kernel modules that it imports."""
     texts: dict[str, str] = {}

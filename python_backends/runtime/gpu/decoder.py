@@ -121,6 +121,12 @@ class GpuDecoder:
             return join_rows([self._step(single_row(inputs, row), want_logits) for row in range(rows)])
         return self._step(inputs, want_logits)
 
+    def launches(self, bucket: Bucket) -> list[Launch]:
+        """The kernels of a bucket's steps."""
+        layout = StepLayout(bucket, self.program.mask_words)
+        steps = [*self.program.layers(bucket, layout), *self.program.head(bucket, layout)]
+        return [step for step in steps if isinstance(step, Launch)]
+
     def _step(self, inputs: StepInputs, want_logits: bool) -> StepOutputs:
         bucket = bucket_of(inputs)
         self._reserve(inputs)

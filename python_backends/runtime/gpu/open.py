@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from pathlib import Path
@@ -13,13 +14,14 @@ from python_backends.runtime.gpu.compile import KernelCache
 from python_backends.runtime.gpu.cuda import CudaDevice
 from python_backends.runtime.gpu.decoder import GpuDecoder, GpuOptions
 from python_backends.runtime.gpu.device_weights import load_weights
+from python_backends.runtime.gpu.warm_up import warm_up
 from python_backends.runtime.gpu.weights import open_weights
+from python_backends.runtime.kernels.compile import kernel_folder
 
-KERNEL_FOLDER = "kernels"
 FREE_SHARE = 0.92
 """Of the GPU memory that is free at start, what the decoder may take; CUDA and other stages need some beside it."""
-FEWEST_CHUNK_TOKENS = 2048
-"""Prompt tokens of a step: with fewer the matrix units wait for weights."""
+
+PROGRESS_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -32,17 +34,39 @@ def open_decoder(manifest: Manifest, config: Config) -> GpuDecoder:
         ConfigError: the GPU's memory does not suffice.
     """
     began = time.monotonic()
-    folder = manifest.folder(contract.DECODER)
-    index = open_weights(folder)
-    device = open_device(folder / KERNEL_FOLDER, config)
+    index = open_weights(manifest.folder(contract.DECODER))
+    device = open_device(kernel_folder() / "gpu", config)
     try:
         weights = load_weights(device, index)
         decoder = GpuDecoder(device, manifest.model, weights, gpu_options(config, device))
+        loaded = time.monotonic()
+        block = config.kv_block_tokens if config.enable_hmt else 0
+        compile_all = functools.partial(device.compile_all, progress=_Progress())
+        recordings = warm_up(decoder, compile_all, chunk=config.prefill_chunk, attention_block=block)
     except BaseException:
         device.close()
         raise
-    _log.info("decoder: %s, loaded in %.1f s", device.name, time.monotonic() - began)
+    _log.info(
+        "decoder: %s, loaded in %.1f s, warmed up in %.1f s, %d recordings, %.2f GB",
+        device.name,
+        loaded - began,
+        time.monotonic() - loaded,
+        recordings,
+        device.allocated_bytes / 1e9,
+    )
     return decoder
+
+
+class _Progress:
+    """Says every few seconds how many kernels are compiled: the first start takes a while."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        if done < total and time.monotonic() >= self._next:
+            _log.info("compiling kernels for this GPU: %d of %d", done, total)
+            self._next = time.monotonic() + PROGRESS_S
 
 
 def open_device(kernels: Path, config: Config) -> CudaDevice:
