@@ -70,13 +70,13 @@ def _open_cache(layout: KvLayout, manifest: Manifest, config: Config) -> KvCache
     """The tiers beside the slots. Slots on a GPU take none of the host's memory, and then no tier lies on the GPU."""
     if not config.enable_hmt:
         return None
-    from python_backends.kv.open import DEVICE_SHARE, open_cache
+    from python_backends.kv.open import open_cache
+    from python_backends.kv.tiers.memory import pinned_memory
 
-    on_gpu = manifest.runtime != ONNXRUNTIME
-    limit = int(_memory_limit(config) * (1.0 if on_gpu else config.kv_cache_share))
-    return open_cache(
-        layout, _fingerprint(manifest, config), config, limit, device_share=0.0 if on_gpu else DEVICE_SHARE
-    )
+    fingerprint, limit = _fingerprint(manifest, config), _memory_limit(config)
+    if manifest.runtime != ONNXRUNTIME:
+        return open_cache(layout, fingerprint, config, int(limit), device_share=0.0, allocate=pinned_memory)
+    return open_cache(layout, fingerprint, config, int(limit * config.kv_cache_share))
 
 
 def _memory_limit(config: Config) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from python_backends.config import Config
@@ -15,6 +16,7 @@ from python_backends.kv.mover import Mover
 from python_backends.kv.policies import make_policies
 from python_backends.kv.tiers.arena import Arena, alignment_for
 from python_backends.kv.tiers.base import MemoryStore, TierStore
+from python_backends.kv.tiers.memory import Memory, plain_memory
 from python_backends.kv.tiers.nvme import NvmeStore
 from python_backends.runtime.base import KvLayout
 
@@ -27,7 +29,13 @@ FEWEST_TAILS = 4
 
 
 def open_cache(
-    layout: KvLayout, fingerprint: str, config: Config, memory_limit: int, *, device_share: float = DEVICE_SHARE
+    layout: KvLayout,
+    fingerprint: str,
+    config: Config,
+    memory_limit: int,
+    *,
+    device_share: float = DEVICE_SHARE,
+    allocate: Callable[[int], Memory] = plain_memory,
 ) -> KvCache | None:
     """The cache that a configuration asks for; None where memory does not suffice.
 
@@ -37,6 +45,7 @@ def open_cache(
         config: the ``hmt_…``, ``kv_…`` and ``nvme_…`` keys.
         memory_limit: bytes for the tiers in memory together.
         device_share: of them for the device tier; with 0 there is none.
+        allocate: where they come from; page-locked for a runtime whose slots are on a GPU.
 
     Raises:
         ConfigError: no such policy, or an NVMe limit that is too small.
@@ -54,7 +63,9 @@ def open_cache(
         )
         return None
     alignment = alignment_for(layout.block_bytes)
-    memory: dict[Tier, MemoryStore] = {tier: Arena(tier, size, alignment=alignment) for tier, size in sizes.items()}
+    memory: dict[Tier, MemoryStore] = {
+        tier: Arena(tier, size, alignment=alignment, allocate=allocate) for tier, size in sizes.items()
+    }
     stores: dict[Tier, TierStore] = {**memory}
     nvme = _open_nvme(layout, fingerprint, config, largest)
     if nvme is not None:

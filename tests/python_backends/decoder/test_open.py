@@ -18,6 +18,8 @@ def test_a_build_for_gpus_says_what_is_missing_where_there_is_none(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     folder = tmp_path / "model_repository"
-    built = build(complete(tmp_path / "checkpoint", "1b"), folder, Options(Precision("bf16"), TENSORRT_RTX, plans=False))
+    built = build(
+        complete(tmp_path / "checkpoint", "1b"), folder, Options(Precision("bf16"), TENSORRT_RTX, plans=False)
+    )
     with pytest.raises(ArtifactError, match=r"pip install 'wicore\[tensorrt-rtx\]'|no NVIDIA driver was found"):
         open_engine(built.manifest, Config())
