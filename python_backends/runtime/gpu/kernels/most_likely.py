@@ -27,8 +27,12 @@ def pieces_kernel(logits, found, V: tl.constexpr, N: tl.constexpr, PIECE: tl.con
     bits = tl.load(logits + row.to(tl.int64) * V + ids, mask=ids < V, other=-float("inf")).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     rank = (ordered.to(tl.int64) << _ID_BITS) + (_LAST_ID - ids)
-    largest = tl.topk(tl.where(ids < V, rank, _LOWEST), N)
-    tl.store(found + (row * tl.num_programs(0) + tl.program_id(0)) * N + tl.arange(0, N), largest)
+    rank = tl.where(ids < V, rank, _LOWEST)
+    to = found + (row * tl.num_programs(0) + tl.program_id(0)) * N
+    for index in range(N):
+        largest = tl.max(rank, 0)
+        tl.store(to + index, largest)
+        rank = tl.where(rank == largest, _LOWEST, rank)
 
 
 @jit
@@ -51,12 +55,14 @@ def join_kernel(
     total = tl.sum(tl.load(sums + row * PIECES + pieces, mask=pieces < PIECES, other=0.0) * tl.exp(high - peak), 0)
     lanes = tl.arange(0, LANES)
     inside = lanes < PIECES * N
-    largest = tl.topk(tl.load(found + row * PIECES * N + lanes, mask=inside, other=_LOWEST), N)
-    ordered = (largest >> _ID_BITS).to(tl.int32)
-    values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    to = row * N + tl.arange(0, N)
-    tl.store(top_ids + to, _LAST_ID - (largest & _LAST_ID).to(tl.int32))
-    tl.store(top_logprobs + to, values - peak - tl.log(total))
+    rank = tl.load(found + row * PIECES * N + lanes, mask=inside, other=_LOWEST)
+    for index in range(N):
+        largest = tl.max(rank, 0)
+        ordered = (largest >> _ID_BITS).to(tl.int32)
+        value = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        tl.store(top_ids + row * N + index, _LAST_ID - (largest & _LAST_ID).to(tl.int32))
+        tl.store(top_logprobs + row * N + index, value - peak - tl.log(total))
+        rank = tl.where(rank == largest, _LOWEST, rank)
 
 
 def allocate_scratch(device: Device, rows: int, vocab_size: int) -> Tensor:

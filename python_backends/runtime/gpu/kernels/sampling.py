@@ -43,6 +43,11 @@ def mass_of(distance):
 
 
 @jit
+def distance_from(peak, logits, heat):
+    return tl.div_rn(tl.abs(peak - logits), heat)  # a difference of zeros may be −0
+
+
+@jit
 def place_at(distance):
     """The first place at a distance."""
     return distance.to(tl.int32, bitcast=True).to(tl.int64) << _ID_BITS
@@ -79,7 +84,7 @@ def tally_kernel(
         return
     ids = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
     values = tl.load(logits + row.to(tl.int64) * V + ids, mask=ids < V, other=-float("inf"))
-    distance = tl.div_rn(peak_of(bests, row, PIECES, LANES) - values, heat)
+    distance = distance_from(peak_of(bests, row, PIECES, LANES), values, heat)
     mass = mass_of(distance)
     tl.atomic_add(totals + 2 * row, tl.sum(mass, 0), sem="relaxed")
     kept = tl.exp(-distance) >= tl.load(min_p + row // R)
@@ -97,6 +102,18 @@ def distance_of(place):
 
 
 @jit
+def ascending(values, SIZE: tl.constexpr, BITS: tl.constexpr):
+    """The values [SIZE = 2^BITS], sorted: a bitonic network, without the reductions that `tl.sort` makes of it."""
+    lanes = tl.arange(0, SIZE)
+    for level in tl.static_range(1, BITS + 1):
+        for step in tl.static_range(level):
+            other = tl.gather(values, lanes ^ (1 << (level - 1 - step)), 0)
+            takes_lower = ((lanes >> (level - 1 - step)) & 1) == ((lanes >> level) & 1)
+            values = tl.where(takes_lower, tl.minimum(values, other), tl.maximum(values, other))
+    return values
+
+
+@jit
 def measure(source, first, last, V: tl.constexpr, CHUNK: tl.constexpr):
     """(count, mass) of the tokens at the places first … last − 1."""
     logits, peak, heat, _, _ = source
@@ -105,7 +122,7 @@ def measure(source, first, last, V: tl.constexpr, CHUNK: tl.constexpr):
     for start in range(0, V, CHUNK):
         ids = start + tl.arange(0, CHUNK)
         values = tl.load(logits + ids, mask=ids < V, other=-float("inf"))
-        distance = tl.div_rn(peak - values, heat)
+        distance = distance_from(peak, values, heat)
         place = place_at(distance) + ids
         inside = (place >= first) & (place < last) & (ids < V)
         count += tl.sum(inside.to(tl.int64), 0)
@@ -125,11 +142,12 @@ def collect(source, first, last, EXACTLY: tl.constexpr, V: tl.constexpr, CHUNK: 
     far = distance_of(last + _NEXT) * heat * (1 + 1e-6)
     for start in range(0, V, CHUNK):
         ids = start + tl.arange(0, CHUNK)
-        difference = peak - tl.load(logits + ids, mask=ids < V, other=-float("inf"))
+        values = tl.load(logits + ids, mask=ids < V, other=-float("inf"))
         if EXACTLY:
-            place = place_at(tl.div_rn(difference, heat)) + ids
+            place = place_at(distance_from(peak, values, heat)) + ids
             inside = (place >= first) & (place < last) & (ids < V)
         else:
+            difference = peak - values
             inside = (difference >= near) & (difference <= far) & (ids < V)
         index = tl.atomic_add(cursor + ids * 0, 1, mask=inside, sem="relaxed")
         tl.store(found + index, ids, mask=inside & (index < LIST))
@@ -148,6 +166,7 @@ def around(
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     LIST: tl.constexpr,
+    LIST_BITS: tl.constexpr,
 ):
     """The tokens around the one at which the count or mass of all up to it first is ``goal``.
 
@@ -192,9 +211,9 @@ def around(
     lanes = tl.arange(0, LIST)
     ids = tl.load(found + lanes, mask=lanes < number, other=0, cache_modifier=".cg")
     values = tl.load(logits + ids, mask=lanes < number, other=-float("inf"))
-    places = place_at(tl.div_rn(peak - values, heat)) + ids
+    places = place_at(distance_from(peak, values, heat)) + ids
     inside_list = (lanes < number) & (places >= first) & (places < last)
-    places = tl.sort(tl.where(inside_list, places, _NOWHERE))
+    places = ascending(tl.where(inside_list, places, _NOWHERE), LIST, LIST_BITS)
     tl.debug_barrier()  # before the list is written to again
     return places, count, mass
 
@@ -213,6 +232,7 @@ def reach(
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     LIST: tl.constexpr,
+    LIST_BITS: tl.constexpr,
 ):
     """The token at which the count or mass of all up to it first is ``goal``; the last of any mass if none does.
 
@@ -232,7 +252,7 @@ def reach(
     else:
         known = (goal > mass) & (goal <= mass + tl.sum(mass_of(distance_of(places)), 0))
     if known == 0:
-        places, count, mass = around(goal, BY_COUNT, source, counts_to, masses_to, V, BINS, CHUNK, LIST)
+        places, count, mass = around(goal, BY_COUNT, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS)
     lanes = tl.arange(0, LIST)
     real = places < _NOWHERE
     up_to = mass + tl.cumsum(mass_of(distance_of(places)), 0)
@@ -266,6 +286,7 @@ def draw_kernel(
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     LIST: tl.constexpr,
+    LIST_BITS: tl.constexpr,
     PIECES: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -287,7 +308,7 @@ def draw_kernel(
     k = tl.load(top_k + row // R).to(tl.int64)
     if (k > 0) & (k < V):
         _, kept, places, count, mass = reach(
-            k, True, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST
+            k, True, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS
         )
     p = tl.load(top_p + row // R)
     if p < 1:
@@ -295,14 +316,14 @@ def draw_kernel(
         goal = tl.ceil(p.to(tl.float64) * kept.to(tl.float64)).to(tl.int64)
         goal = tl.minimum(tl.maximum(goal, 1), kept)
         _, kept, places, count, mass = reach(
-            goal, False, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST
+            goal, False, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS
         )
     # Every filter keeps a prefix, so the lightest one is what all of them keep; the first token is in each.
     kept = tl.minimum(kept, tl.maximum(min_kept, _WHOLE))
     goal = (tl.load(uniform + row).to(tl.float64) * kept.to(tl.float64)).to(tl.int64) + 1
     goal = tl.minimum(goal, kept)
     token, _, places, count, mass = reach(
-        goal, False, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST
+        goal, False, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS
     )
     tl.store(drawn + row, tl.minimum(token, V - 1).to(tl.int32))
     tl.store(counts + bins, tl.zeros([BINS], tl.int32))
@@ -374,6 +395,7 @@ def draw(logits: Tensor, bests: Tensor, targets: Tensor, filters: Filters, scrat
             (pieces, rows, 1),
             (logits, bests, targets, filters.temperature, filters.min_p, *tables),
             {**sizes, "PIECE": PIECE},
+            num_warps=8,
         ),
         Launch(
             "sampling.draw_kernel",
@@ -382,7 +404,7 @@ def draw(logits: Tensor, bests: Tensor, targets: Tensor, filters: Filters, scrat
                 *(logits, bests, targets, filters.temperature, filters.top_k, filters.top_p, filters.uniform),
                 *(*tables, scratch.cursors, scratch.lists, scratch.drawn),
             ),
-            {**sizes, "CHUNK": min(_CHUNK, power_of_two(vocab_size)), "LIST": LIST},
+            {**sizes, "CHUNK": min(_CHUNK, power_of_two(vocab_size)), "LIST": LIST, "LIST_BITS": LIST.bit_length() - 1},
             num_warps=16,
         ),
     ]
