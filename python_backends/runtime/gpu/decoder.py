@@ -22,11 +22,12 @@ from python_backends.runtime.base import DecoderSpec, KvLayout, SlotState, StepI
 from python_backends.runtime.checks import check_step
 from python_backends.runtime.gpu.device_weights import DeviceWeights
 from python_backends.runtime.gpu.inputs import DECODE_POSITIONS, Bucket, StepLayout, bucket_of
+from python_backends.runtime.gpu.kernels.most_likely import MAX_TOP_N
 from python_backends.runtime.gpu.kv import PagedKv, plan_kv
 from python_backends.runtime.gpu.launch import DTYPES, Device, Launch, Operation, Recording, Tensor
 from python_backends.runtime.gpu.pages import PAGE_TOKENS
 from python_backends.runtime.gpu.products import KernelProducts
-from python_backends.runtime.gpu.program import MAX_TOP_N, Program
+from python_backends.runtime.gpu.program import Program
 from python_backends.runtime.rows import join_rows, single_row
 
 MAX_LOGIT_ROWS = 64

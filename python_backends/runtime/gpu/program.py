@@ -6,7 +6,7 @@ attentions is `Products`' matter: kernels of ours, or TensorRT plans that take t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
@@ -16,16 +16,27 @@ from python_backends.errors import InternalError
 from python_backends.manifest import ModelShape
 from python_backends.runtime.gpu.device_weights import DeviceWeights
 from python_backends.runtime.gpu.inputs import DECODE_POSITIONS, Bucket, StepLayout
-from python_backends.runtime.gpu.kernels import choice, decode_attention, embed, norm, prefill_attention, rope
+from python_backends.runtime.gpu.kernels import (
+    adjust,
+    choice,
+    decode_attention,
+    embed,
+    most_likely,
+    norm,
+    prefill_attention,
+    rope,
+    sampling,
+)
+from python_backends.runtime.gpu.kernels.most_likely import MAX_TOP_N
 from python_backends.runtime.gpu.kernels.paging import LayerKv, Rows
 from python_backends.runtime.gpu.kv import PagedKv
 from python_backends.runtime.gpu.launch import Device, Launch, Operation, Tensor
 from python_backends.runtime.gpu.weights import Names
 
-MAX_TOP_N = 32
-"""Most likely tokens that the kernel reports; more are sorted on the host."""
 _INPUT_WORDS = 1 << 20
 """Room for a step's small arrays beside its masks."""
+
+_CHANGES = ("adjust_ids", "adjust_factor", "adjust_bias", "token_mask")
 
 Step = Launch | Operation
 
@@ -87,7 +98,9 @@ class Program:
         self._logits = device.allocate("fp32", max_logit_rows, model.vocab_size)
         self._adjusted = device.allocate("fp32", max_logit_rows, model.vocab_size)
         self._results = device.allocate("i32", 2 * (max_logit_rows + 4) * (1 + MAX_TOP_N))
-        self._choice_scratch = choice.Scratch.allocate(device, max_logit_rows, model.vocab_size)
+        self._pieces = choice.Scratch.allocate(device, max_logit_rows, model.vocab_size)
+        self._drawing = sampling.Scratch.allocate(device, max_logit_rows)
+        self._ranks = most_likely.allocate_scratch(device, max_logit_rows, model.vocab_size)
         self._features = device.allocate("fp32", max_tokens if model.image else 1, model.hidden_size)
         global_layers = [layer for layer, kind in enumerate(model.layer_types) if kind == "global"]
         self._observed = global_layers[len(global_layers) // 2]
@@ -226,20 +239,40 @@ class Program:
     # --- the head ---------------------------------------------------------------------------------------------
 
     def head(self, bucket: Bucket, layout: StepLayout) -> list[Step]:
-        """From the stream to tokens and their log-probabilities."""
+        """From the stream to tokens and their log-probabilities.
+
+        A greedy step reads the logits once; adjustments, draws and the most likely tokens are launches of their own.
+        """
         inputs, results, model = layout.tensors(self._words), self.results(bucket), self._model
         stream = self.stream.view(0, bucket.tokens, model.hidden_size)
         normed = self._normed.view(0, bucket.logit_rows, model.hidden_size)
         gamma = self._weights.vector(Names.NORM)
-        return [
+        steps: list[Step] = [
             norm.gather_norm(stream, inputs["logit_positions"], gamma, normed, epsilon=self._weights.epsilon),
             *self._products.logits(normed, results.logits),
-            *choice.choose(
-                results.logits,
+        ]
+        chosen_from = results.logits
+        if bucket.adjustments or bucket.masked:
+            chosen_from = self._adjusted.view(0, bucket.logit_rows, model.vocab_size)
+            changes = {name: inputs[name] for name in _CHANGES if name in inputs}
+            steps += adjust.adjust(results.logits, chosen_from, bucket.wanted, **changes)
+        steps.append(choice.largest(results.logits, chosen_from, self._pieces))
+        if bucket.random:
+            filters = sampling.Filters(*(inputs[field.name] for field in fields(sampling.Filters)))
+            steps += sampling.draw(chosen_from, self._pieces.bests, inputs["targets"], filters, self._drawing)
+        steps.append(
+            choice.choose(
                 results.logits,
                 inputs["targets"],
-                self._choice_scratch,
+                self._pieces,
                 results.next_token,
                 results.logprob,
-            ),
-        ]
+                drawn=self._drawing.drawn if bucket.random else None,
+                temperature=inputs.get("temperature"),
+            )
+        )
+        if results.top_ids and results.top_logprobs:
+            steps += most_likely.most_likely(
+                results.logits, self._pieces, self._ranks, results.top_ids, results.top_logprobs
+            )
+        return steps
