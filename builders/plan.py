@@ -149,7 +149,9 @@ def _tensor(tensor: Any) -> PlanTensor:
 
 def _network_layers(network: Any) -> dict[str, int]:
     kinds = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
-    return dict(sorted(kinds.items()))
+    kinds["ATTENTION"] = kinds.pop("ATTENTION_OUTPUT", 0)  # one attention is a pair of layers
+    kinds.pop("ATTENTION_INPUT", None)
+    return {kind: count for kind, count in sorted(kinds.items()) if count}
 
 
 def _reasons(errors: Sequence[str]) -> str:

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import psutil
 
-from builders.build import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from builders.build import ONNXRUNTIME
 from builders.checkpoint import Checkpoint, open_checkpoint
 from builders.quantize import PER_CHANNEL
 from client.gateway.gpu import GpuMeter
 from python_backends.config import Config
 from python_backends.errors import ConfigError
+from python_backends.runtime.gpu.engines import TENSORRT, TENSORRT_RTX
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 BYTES_PER_WEIGHT: dict[Precision, float] = {"bf16": 2.0, "int8": 1.13, "int4": 0.63}

@@ -114,6 +114,8 @@ class StandardLayers:
             scale = self.input(scale, TensorProto.BFLOAT16, [rows, -(-columns // GROUP)])
             scale = scale if self.dtype == TensorProto.BFLOAT16 else graph.cast(scale, self.dtype)
             weight = graph.op("DequantizeLinear", weight, scale, axis=1, block_size=GROUP)
+        elif ONNX_DTYPES[stored] != self.dtype:
+            weight = graph.cast(weight, self.dtype)
         product = graph.op("MatMul", self.narrow(x), graph.op("Transpose", weight, perm=[1, 0]))
         return product if narrow else self.widen(product)
 

