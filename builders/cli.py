@@ -72,16 +72,16 @@ def build(
         bool | None,
         typer.Option(
             "--plans/--no-plans",
-            help="GPUs: build TensorRT plans beside the weights. They build without a GPU; without plans WiCore's own "
-            "kernels do their work. [default: no plans]",
+            help="GPUs: build TensorRT plans beside the weights. Those of tensorrt-rtx build without a GPU; without "
+            "plans WiCore's own kernels do their work. [default: plans, except in fp32]",
             show_default=False,
         ),
     ] = None,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(
-            help="GPUs that the plans are for: 8.9 is L20 and RTX 4090, 9.0 H100 and H200. Give it several times for "
-            "several. [default: those that TensorRT-RTX covers by itself; with tensorrt the GPU present]",
+            help="GPUs that plans of tensorrt-rtx are for: 8.9 is L20 and RTX 4090. Give it several times for several. "
+            "[default: those that TensorRT-RTX covers by itself, H200 among them; with tensorrt the GPU present]",
             show_default=False,
         ),
     ] = None,
@@ -116,7 +116,7 @@ def build(
             Precision.of(precision.value, block_size, not asymmetric),
             runtime,
             max_context,
-            plans=bool(plans),
+            plans=runtime != ONNXRUNTIME and precision is not PrecisionChoice.FP32 if plans is None else plans,
             compute_capabilities=tuple(compute_capability or ()),
         )
         folder = resolve(checkpoint, revision)
