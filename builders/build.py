@@ -26,13 +26,9 @@ from python_backends.prompt import open_files
 from python_backends.runtime.gpu.engines import MODULES
 from python_backends.runtime.gpu.weights import GROUP
 
-<<<<<<< HEAD
-=======
 if TYPE_CHECKING:
     from builders.gpu_plans import PlanWriter
 
-ONNXRUNTIME = "onnxruntime"
->>>>>>> wt-plans
 RUNTIME = ONNXRUNTIME
 RUNTIMES: dict[str, tuple[PrecisionName, ...]] = {
     ONNXRUNTIME: ("fp32", "fp16", "int8", "int4"),
