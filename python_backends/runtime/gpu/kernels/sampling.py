@@ -158,7 +158,7 @@ def collect(source, first, last, EXACTLY: tl.constexpr, V: tl.constexpr, CHUNK: 
 @jit
 def around(
     goal,
-    BY_COUNT: tl.constexpr,
+    by_count,
     source,
     counts_to,
     masses_to,
@@ -176,11 +176,7 @@ def around(
     Returns:
         (places, sorted, [LIST], `_NOWHERE` behind the last; count and mass of the tokens before them)
     """
-    if BY_COUNT:
-        before = counts_to < goal
-    else:
-        before = masses_to < goal
-    index = tl.sum(before.to(tl.int32), 0)
+    index = tl.sum((tl.where(by_count, counts_to, masses_to) < goal).to(tl.int32), 0)
     first = place_at(index / _BINS_PER_UNIT)
     last = place_at(tl.where(index < BINS, (index + 1) / _BINS_PER_UNIT, _FARTHEST))
     bins = tl.arange(0, BINS)
@@ -197,10 +193,7 @@ def around(
         while inside > LIST:
             middle = (first + last) // 2
             lower_count, lower_mass = measure(source, first, middle, V, CHUNK)
-            if BY_COUNT:
-                lower = count + lower_count >= goal
-            else:
-                lower = mass + lower_mass >= goal
+            lower = tl.where(by_count, count + lower_count, mass + lower_mass) >= goal
             inside = tl.where(lower, lower_count, inside - lower_count)
             last = tl.where(lower, middle, last)
             first = tl.where(lower, first, middle)
@@ -221,7 +214,7 @@ def around(
 @jit
 def reach(
     goal,
-    BY_COUNT: tl.constexpr,
+    by_count,
     places,
     count,
     mass,
@@ -238,7 +231,7 @@ def reach(
 
     Args:
         goal: at least 1.
-        BY_COUNT: count or mass.
+        by_count: count or mass.
         places: sorted tokens that were collected before, with the ``count`` and ``mass`` of those before them.
         source: (the row's logits, the largest of them, temperature, cursor and list of `collect`).
         counts_to: tokens up to the end of each bin.
@@ -247,19 +240,15 @@ def reach(
     Returns:
         (its id; mass of all up to it; places, count and mass for the next time)
     """
-    if BY_COUNT:
-        known = (goal > count) & (goal <= count + tl.sum((places < _NOWHERE).to(tl.int64), 0))
-    else:
-        known = (goal > mass) & (goal <= mass + tl.sum(mass_of(distance_of(places)), 0))
+    size = tl.sum((places < _NOWHERE).to(tl.int64), 0)
+    listed = tl.sum(mass_of(distance_of(places)), 0)
+    known = (goal > tl.where(by_count, count, mass)) & (goal <= tl.where(by_count, count + size, mass + listed))
     if known == 0:
-        places, count, mass = around(goal, BY_COUNT, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS)
+        places, count, mass = around(goal, by_count, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS)
     lanes = tl.arange(0, LIST)
     real = places < _NOWHERE
     up_to = mass + tl.cumsum(mass_of(distance_of(places)), 0)
-    if BY_COUNT:
-        before = count + lanes + 1 < goal
-    else:
-        before = up_to < goal
+    before = tl.where(by_count, count + lanes + 1, up_to) < goal
     index = tl.minimum(tl.sum((before & real).to(tl.int32), 0), tl.sum(real.to(tl.int32), 0) - 1)
     place = tl.sum(tl.where(lanes == index, places, 0), 0)
     reached = tl.where(index < 0, mass, tl.sum(tl.where(lanes == index, up_to, 0), 0))
@@ -305,26 +294,27 @@ def draw_kernel(
     places = tl.full([LIST], _NOWHERE, tl.int64)
     count = kept * 0
     mass = kept * 0
+    token = kept * 0
     k = tl.load(top_k + row // R).to(tl.int64)
-    if (k > 0) & (k < V):
-        _, kept, places, count, mass = reach(
-            k, True, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS
-        )
-    p = tl.load(top_p + row // R)
-    if p < 1:
-        # Kept while the tokens above hold less than top_p of what top-k left; the first always is.
-        goal = tl.ceil(p.to(tl.float64) * kept.to(tl.float64)).to(tl.int64)
-        goal = tl.minimum(tl.maximum(goal, 1), kept)
-        _, kept, places, count, mass = reach(
-            goal, False, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS
-        )
-    # Every filter keeps a prefix, so the lightest one is what all of them keep; the first token is in each.
-    kept = tl.minimum(kept, tl.maximum(min_kept, _WHOLE))
-    goal = (tl.load(uniform + row).to(tl.float64) * kept.to(tl.float64)).to(tl.int64) + 1
-    goal = tl.minimum(goal, kept)
-    token, _, places, count, mass = reach(
-        goal, False, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS
-    )
+    p = tl.load(top_p + row // R).to(tl.float64)
+    u = tl.load(uniform + row).to(tl.float64)
+    for stage in range(3):  # top-k, top-p, the draw: one after the other, compiled once
+        if stage == 0:
+            goal = k
+            applies = (k > 0) & (k < V)
+        elif stage == 1:
+            # Kept while the tokens above hold less than top_p of what top-k left; the first always is.
+            goal = tl.minimum(tl.maximum(tl.ceil(p * kept.to(tl.float64)).to(tl.int64), 1), kept)
+            applies = p < 1
+        else:
+            # Every filter keeps a prefix, so the lightest one is what all of them keep; the first token is in each.
+            kept = tl.minimum(kept, tl.maximum(min_kept, _WHOLE))
+            goal = tl.minimum((u * kept.to(tl.float64)).to(tl.int64) + 1, kept)
+            applies = k == k
+        if applies:
+            token, kept, places, count, mass = reach(
+                goal, stage == 0, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS
+            )
     tl.store(drawn + row, tl.minimum(token, V - 1).to(tl.int32))
     tl.store(counts + bins, tl.zeros([BINS], tl.int32))
     tl.store(masses + bins, tl.zeros([BINS], tl.int64))
@@ -344,14 +334,14 @@ class Scratch:
     drawn: Tensor
 
     @classmethod
-    def allocate(cls, device: Device, rows: int) -> Scratch:
-        """For ``rows`` rows of logits."""
+    def allocate(cls, device: Device, rows: int, list_size: int = LIST) -> Scratch:
+        """For ``rows`` rows of logits and lists of ``list_size`` tokens, a power of two."""
         scratch = cls(
             device.allocate("i32", rows, BINS),
             device.allocate("i64", rows, BINS),
             device.allocate("i64", rows, 2),
             device.allocate("i32", rows),
-            device.allocate("i32", rows, LIST),
+            device.allocate("i32", rows, list_size),
             device.allocate("i32", rows),
         )
         for tensor in (scratch.counts, scratch.masses, scratch.totals, scratch.cursors):
@@ -388,6 +378,7 @@ def draw(logits: Tensor, bests: Tensor, targets: Tensor, filters: Filters, scrat
     rows, vocab_size = logits.shape
     pieces = cdiv(vocab_size, PIECE)
     sizes = {"V": vocab_size, "R": targets.shape[1], "BINS": BINS, "PIECES": pieces, "LANES": power_of_two(pieces)}
+    size = scratch.lists.shape[1]
     tables = scratch.counts, scratch.masses, scratch.totals
     return [
         Launch(
@@ -404,7 +395,7 @@ def draw(logits: Tensor, bests: Tensor, targets: Tensor, filters: Filters, scrat
                 *(logits, bests, targets, filters.temperature, filters.top_k, filters.top_p, filters.uniform),
                 *(*tables, scratch.cursors, scratch.lists, scratch.drawn),
             ),
-            {**sizes, "CHUNK": min(_CHUNK, power_of_two(vocab_size)), "LIST": LIST, "LIST_BITS": LIST.bit_length() - 1},
+            {**sizes, "CHUNK": min(_CHUNK, power_of_two(vocab_size)), "LIST": size, "LIST_BITS": size.bit_length() - 1},
             num_warps=16,
         ),
     ]
