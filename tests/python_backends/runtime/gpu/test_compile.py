@@ -38,7 +38,9 @@ def sampling_launches() -> list[Launch]:
     pieces = choice.Scratch.allocate(device, ROWS, VOCABULARY)
     drawing = sampling.Scratch.allocate(device, ROWS)
     targets, temperature = new("i32", ROWS, 1), new("fp32", ROWS)
-    filters = sampling.Filters(temperature, new("i32", ROWS), new("fp32", ROWS), new("fp32", ROWS), new("fp32", ROWS, 1))
+    filters = sampling.Filters(
+        temperature, new("i32", ROWS), new("fp32", ROWS), new("fp32", ROWS), new("fp32", ROWS, 1)
+    )
     listed = {"adjust_factor": new("fp32", ROWS, 16), "adjust_bias": new("fp32", ROWS, 16)}
     listed["adjust_ids"] = new("i32", ROWS, 16)
     mask = new("i32", ROWS, 1, VOCABULARY // 32)

@@ -1,4 +1,4 @@
-"""The sampling kernels draw what the CPU's graph draws, whose distributions are compared with transformers' elsewhere."""
+"""The sampling kernels draw what transformers' logits processors leave, and token for token what the CPU's graph draws."""
 
 from __future__ import annotations
 
