@@ -1,4 +1,4 @@
-"""The sampling kernels draw what transformers' logits processors leave, and token for token what the CPU's graph draws."""
+"""The sampling kernels draw what transformers' logits processors leave, and the very tokens of the CPU's graph."""
 
 from __future__ import annotations
 
