@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from client.client import new_request_id
+from client.calls import new_request_id
 from client.gateway import errors
 from client.gateway.http_protocol import MAX_HEADER_BYTES, MAX_HEADERS
 from client.gateway.lifecycle import Lifecycle

@@ -18,8 +18,10 @@ from python_backends.runtime.gpu.device_weights import DeviceWeights
 from python_backends.runtime.gpu.inputs import DECODE_POSITIONS, Bucket, StepLayout
 from python_backends.runtime.gpu.kernels import (
     adjust,
+    attention_mass,
     choice,
     decode_attention,
+    decode_splits,
     embed,
     most_likely,
     norm,
@@ -117,8 +119,8 @@ class Program:
                 layer = LayerKv(kv.local_pool, kv.local_table, counts[kind], model.sliding_window)
             counts[kind] += 1
             self._layers.append(layer)
-        tiles = decode_attention.mass_tiles(self._layers[self._observed])
-        self._scratch = decode_attention.Scratch.allocate(
+        tiles = decode_splits.mass_tiles(self._layers[self._observed])
+        self._scratch = decode_splits.Scratch.allocate(
             self._device, max_rows * DECODE_POSITIONS, model.num_heads, model.head_dim, max_rows, tiles
         )
         self._masses = self._device.allocate("fp32", max_rows, kv.global_table.shape[1])
@@ -219,7 +221,7 @@ class Program:
             )
         ]
         wants_mass = bucket.mass and layer == self._observed
-        mass = decode_attention.Mass(self._masses.view(0, bucket.rows, self._masses.shape[1]), kv.page_tokens)
+        mass = attention_mass.Mass(self._masses.view(0, bucket.rows, self._masses.shape[1]), kv.page_tokens)
         if bucket.is_decode:
             steps += decode_attention.decode_attention(
                 query, kv, rows, output, self._scratch, capability=capability, mass=mass if wants_mass else None

@@ -107,7 +107,7 @@ def test_from_every_tier_at_every_boundary_a_request_continues_bit_for_bit(kept,
         cache.check_integrity()
         with cache.lock:
             for move in cache._manager.erase(keys, 0.0):
-                cache._finish(move, None)
+                cache._carrier.finish(move, None)
     cache.close()
 
 

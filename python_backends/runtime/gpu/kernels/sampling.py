@@ -4,10 +4,10 @@ The definition is that of the CPU's graph (`builders.graph.sampling`): tokens in
 id first among equals; every filter keeps a prefix of them; the token is where a given uniform number falls in the
 cumulative sum of what is left. Nothing is sorted but what lies around the places that decide.
 
-A token's *distance* is (largest logit − its logit) / temperature, its *mass* exp(−distance) as a whole number, in units
-of 2⁻⁴⁴: sums are exact in any order, so neither the batch nor the timing of programs changes what is drawn. `tally_kernel`
-adds up counts and masses by distance, in bins. `draw_kernel` finds, for top-k, top-p and the draw in turn, the bin in
-which the wanted count or mass is reached, collects the tokens of that bin, sorts them, and finds the token.
+Distances, masses and places are those of `ranking`. Sums of masses are exact in any order, so neither the batch nor the
+timing of programs changes what is drawn. `tally_kernel` adds up counts and masses by distance, in bins. `draw_kernel`
+finds, for top-k, top-p and the draw in turn, the bin in which the wanted count or mass is reached, collects the tokens
+of that bin, sorts them, and finds the token.
 """
 
 from __future__ import annotations
@@ -16,6 +16,17 @@ from dataclasses import dataclass
 
 from python_backends.runtime.gpu.kernels.choice import PIECE
 from python_backends.runtime.gpu.kernels.lang import cdiv, jit, power_of_two, tl
+from python_backends.runtime.gpu.kernels.ranking import (
+    FARTHEST,
+    NEXT,
+    NOWHERE,
+    WHOLE,
+    ascending,
+    distance_from,
+    distance_of,
+    mass_of,
+    place_at,
+)
 from python_backends.runtime.gpu.launch import Device, Launch, Tensor
 
 BINS = 4096
@@ -25,32 +36,6 @@ LIST = 1024
 _CHUNK = 8192
 """Tokens that the draw's program looks at in one go."""
 _BINS_PER_UNIT = tl.constexpr(256.0)
-_WHOLE = tl.constexpr(1 << 44)
-"""The mass of the most likely token."""
-_ID_BITS = tl.constexpr(20)
-"""Of a place, which orders tokens: the bits of the distance (never negative, so ordered as integers), then the id."""
-_NEXT = tl.constexpr(1 << 20)
-"""From one distance to the next."""
-_NOWHERE = tl.constexpr((0x7F800000 << 20) + (1 << 20) - 1)
-"""A place behind all tokens of any mass: at an infinite distance."""
-_FARTHEST = tl.constexpr(32.0)
-"""Distance at which a token has no mass."""
-
-
-@jit
-def mass_of(distance):
-    return (tl.exp(-distance) * (1.0 * _WHOLE)).to(tl.int64)
-
-
-@jit
-def distance_from(peak, logits, heat):
-    return tl.div_rn(tl.abs(peak - logits), heat)  # a difference of zeros may be −0
-
-
-@jit
-def place_at(distance):
-    """The first place at a distance."""
-    return distance.to(tl.int32, bitcast=True).to(tl.int64) << _ID_BITS
 
 
 @jit
@@ -97,23 +82,6 @@ def tally_kernel(
 
 
 @jit
-def distance_of(place):
-    return (place >> _ID_BITS).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@jit
-def ascending(values, SIZE: tl.constexpr, BITS: tl.constexpr):
-    """The values [SIZE = 2^BITS], sorted: a bitonic network, without the reductions that `tl.sort` makes of it."""
-    lanes = tl.arange(0, SIZE)
-    for level in tl.static_range(1, BITS + 1):
-        for step in tl.static_range(level):
-            other = tl.gather(values, lanes ^ (1 << (level - 1 - step)), 0)
-            takes_lower = ((lanes >> (level - 1 - step)) & 1) == ((lanes >> level) & 1)
-            values = tl.where(takes_lower, tl.minimum(values, other), tl.maximum(values, other))
-    return values
-
-
-@jit
 def measure(source, first, last, V: tl.constexpr, CHUNK: tl.constexpr):
     """(count, mass) of the tokens at the places first … last − 1."""
     logits, peak, heat, _, _ = source
@@ -139,7 +107,7 @@ def collect(source, first, last, EXACTLY: tl.constexpr, V: tl.constexpr, CHUNK: 
     """
     logits, peak, heat, cursor, found = source
     near = distance_of(first) * heat * (1 - 1e-6)
-    far = distance_of(last + _NEXT) * heat * (1 + 1e-6)
+    far = distance_of(last + NEXT) * heat * (1 + 1e-6)
     for start in range(0, V, CHUNK):
         ids = start + tl.arange(0, CHUNK)
         values = tl.load(logits + ids, mask=ids < V, other=-float("inf"))
@@ -158,7 +126,7 @@ def collect(source, first, last, EXACTLY: tl.constexpr, V: tl.constexpr, CHUNK: 
 @jit
 def around(
     goal,
-    BY_COUNT: tl.constexpr,
+    by_count,
     source,
     counts_to,
     masses_to,
@@ -174,15 +142,11 @@ def around(
     even they do, as many as fit, after halving the places again and again.
 
     Returns:
-        (places, sorted, [LIST], `_NOWHERE` behind the last; count and mass of the tokens before them)
+        (places, sorted, [LIST], `NOWHERE` behind the last; count and mass of the tokens before them)
     """
-    if BY_COUNT:
-        before = counts_to < goal
-    else:
-        before = masses_to < goal
-    index = tl.sum(before.to(tl.int32), 0)
+    index = tl.sum((tl.where(by_count, counts_to, masses_to) < goal).to(tl.int32), 0)
     first = place_at(index / _BINS_PER_UNIT)
-    last = place_at(tl.where(index < BINS, (index + 1) / _BINS_PER_UNIT, _FARTHEST))
+    last = place_at(tl.where(index < BINS, (index + 1) / _BINS_PER_UNIT, FARTHEST))
     bins = tl.arange(0, BINS)
     through = tl.sum(tl.where(bins == index, counts_to, 0), 0)
     count = tl.sum(tl.where(bins == index - 1, counts_to, 0), 0)
@@ -197,10 +161,7 @@ def around(
         while inside > LIST:
             middle = (first + last) // 2
             lower_count, lower_mass = measure(source, first, middle, V, CHUNK)
-            if BY_COUNT:
-                lower = count + lower_count >= goal
-            else:
-                lower = mass + lower_mass >= goal
+            lower = tl.where(by_count, count + lower_count, mass + lower_mass) >= goal
             inside = tl.where(lower, lower_count, inside - lower_count)
             last = tl.where(lower, middle, last)
             first = tl.where(lower, first, middle)
@@ -213,7 +174,7 @@ def around(
     values = tl.load(logits + ids, mask=lanes < number, other=-float("inf"))
     places = place_at(distance_from(peak, values, heat)) + ids
     inside_list = (lanes < number) & (places >= first) & (places < last)
-    places = ascending(tl.where(inside_list, places, _NOWHERE), LIST, LIST_BITS)
+    places = ascending(tl.where(inside_list, places, NOWHERE), LIST, LIST_BITS)
     tl.debug_barrier()  # before the list is written to again
     return places, count, mass
 
@@ -221,7 +182,7 @@ def around(
 @jit
 def reach(
     goal,
-    BY_COUNT: tl.constexpr,
+    by_count,
     places,
     count,
     mass,
@@ -238,7 +199,7 @@ def reach(
 
     Args:
         goal: at least 1.
-        BY_COUNT: count or mass.
+        by_count: count or mass.
         places: sorted tokens that were collected before, with the ``count`` and ``mass`` of those before them.
         source: (the row's logits, the largest of them, temperature, cursor and list of `collect`).
         counts_to: tokens up to the end of each bin.
@@ -247,23 +208,19 @@ def reach(
     Returns:
         (its id; mass of all up to it; places, count and mass for the next time)
     """
-    if BY_COUNT:
-        known = (goal > count) & (goal <= count + tl.sum((places < _NOWHERE).to(tl.int64), 0))
-    else:
-        known = (goal > mass) & (goal <= mass + tl.sum(mass_of(distance_of(places)), 0))
+    size = tl.sum((places < NOWHERE).to(tl.int64), 0)
+    listed = tl.sum(mass_of(distance_of(places)), 0)
+    known = (goal > tl.where(by_count, count, mass)) & (goal <= tl.where(by_count, count + size, mass + listed))
     if known == 0:
-        places, count, mass = around(goal, BY_COUNT, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS)
+        places, count, mass = around(goal, by_count, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS)
     lanes = tl.arange(0, LIST)
-    real = places < _NOWHERE
+    real = places < NOWHERE
     up_to = mass + tl.cumsum(mass_of(distance_of(places)), 0)
-    if BY_COUNT:
-        before = count + lanes + 1 < goal
-    else:
-        before = up_to < goal
+    before = tl.where(by_count, count + lanes + 1, up_to) < goal
     index = tl.minimum(tl.sum((before & real).to(tl.int32), 0), tl.sum(real.to(tl.int32), 0) - 1)
     place = tl.sum(tl.where(lanes == index, places, 0), 0)
     reached = tl.where(index < 0, mass, tl.sum(tl.where(lanes == index, up_to, 0), 0))
-    return place & (_NEXT - 1), reached, places, count, mass
+    return place & (NEXT - 1), reached, places, count, mass
 
 
 @jit
@@ -302,29 +259,27 @@ def draw_kernel(
     min_kept = tl.load(totals + 2 * row + 1)
     peak = peak_of(bests, row, PIECES, LANES)
     source = (logits + row.to(tl.int64) * V, peak, heat, cursors + row, lists + row * LIST)
-    places = tl.full([LIST], _NOWHERE, tl.int64)
+    places = tl.full([LIST], NOWHERE, tl.int64)
     count = kept * 0
     mass = kept * 0
+    token = kept * 0
     k = tl.load(top_k + row // R).to(tl.int64)
-    if (k > 0) & (k < V):
-        _, kept, places, count, mass = reach(
-            k, True, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS
-        )
-    p = tl.load(top_p + row // R)
-    if p < 1:
-        # Kept while the tokens above hold less than top_p of what top-k left; the first always is.
-        goal = tl.ceil(p.to(tl.float64) * kept.to(tl.float64)).to(tl.int64)
-        goal = tl.minimum(tl.maximum(goal, 1), kept)
-        _, kept, places, count, mass = reach(
-            goal, False, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS
-        )
-    # Every filter keeps a prefix, so the lightest one is what all of them keep; the first token is in each.
-    kept = tl.minimum(kept, tl.maximum(min_kept, _WHOLE))
-    goal = (tl.load(uniform + row).to(tl.float64) * kept.to(tl.float64)).to(tl.int64) + 1
-    goal = tl.minimum(goal, kept)
-    token, _, places, count, mass = reach(
-        goal, False, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS
-    )
+    p = tl.load(top_p + row // R).to(tl.float64)
+    u = tl.load(uniform + row).to(tl.float64)
+    for stage in range(3):  # top-k, top-p, the draw: one after the other, compiled once
+        if stage == 0:
+            goal = k
+        elif stage == 1:
+            # Kept while the tokens above hold less than top_p of what top-k left; the first always is.
+            goal = tl.minimum(tl.maximum(tl.ceil(p * kept.to(tl.float64)).to(tl.int64), 1), kept)
+        else:
+            # Every filter keeps a prefix, so the lightest one is what all of them keep; the first token is in each.
+            kept = tl.minimum(kept, tl.maximum(min_kept, WHOLE))
+            goal = tl.minimum((u * kept.to(tl.float64)).to(tl.int64) + 1, kept)
+        if (stage == 2) | ((stage == 1) & (p < 1)) | ((stage == 0) & (k > 0) & (k < V)):
+            token, kept, places, count, mass = reach(
+                goal, stage == 0, places, count, mass, source, counts_to, masses_to, V, BINS, CHUNK, LIST, LIST_BITS
+            )
     tl.store(drawn + row, tl.minimum(token, V - 1).to(tl.int32))
     tl.store(counts + bins, tl.zeros([BINS], tl.int32))
     tl.store(masses + bins, tl.zeros([BINS], tl.int64))
@@ -344,14 +299,14 @@ class Scratch:
     drawn: Tensor
 
     @classmethod
-    def allocate(cls, device: Device, rows: int) -> Scratch:
-        """For ``rows`` rows of logits."""
+    def allocate(cls, device: Device, rows: int, list_size: int = LIST) -> Scratch:
+        """For ``rows`` rows of logits and lists of ``list_size`` tokens, a power of two."""
         scratch = cls(
             device.allocate("i32", rows, BINS),
             device.allocate("i64", rows, BINS),
             device.allocate("i64", rows, 2),
             device.allocate("i32", rows),
-            device.allocate("i32", rows, LIST),
+            device.allocate("i32", rows, list_size),
             device.allocate("i32", rows),
         )
         for tensor in (scratch.counts, scratch.masses, scratch.totals, scratch.cursors):
@@ -388,6 +343,7 @@ def draw(logits: Tensor, bests: Tensor, targets: Tensor, filters: Filters, scrat
     rows, vocab_size = logits.shape
     pieces = cdiv(vocab_size, PIECE)
     sizes = {"V": vocab_size, "R": targets.shape[1], "BINS": BINS, "PIECES": pieces, "LANES": power_of_two(pieces)}
+    size = scratch.lists.shape[1]
     tables = scratch.counts, scratch.masses, scratch.totals
     return [
         Launch(
@@ -404,7 +360,7 @@ def draw(logits: Tensor, bests: Tensor, targets: Tensor, filters: Filters, scrat
                 *(logits, bests, targets, filters.temperature, filters.top_k, filters.top_p, filters.uniform),
                 *(*tables, scratch.cursors, scratch.lists, scratch.drawn),
             ),
-            {**sizes, "CHUNK": min(_CHUNK, power_of_two(vocab_size)), "LIST": LIST, "LIST_BITS": LIST.bit_length() - 1},
+            {**sizes, "CHUNK": min(_CHUNK, power_of_two(vocab_size)), "LIST": size, "LIST_BITS": size.bit_length() - 1},
             num_warps=16,
         ),
     ]

@@ -18,11 +18,11 @@ Array = NDArray[Any]
 class KernelSampler:
     """Logits [B, R, V] and any other inputs by name → outputs by name. Scratch is used again, as in a decoder."""
 
-    def __init__(self, rows: int, vocab_size: int) -> None:
+    def __init__(self, rows: int, vocab_size: int, list_size: int = sampling.LIST) -> None:
         self.device = kernel_device()
         self.vocab_size = vocab_size
         self.pieces = choice.Scratch.allocate(self.device, rows, vocab_size)
-        self.drawing = sampling.Scratch.allocate(self.device, rows)
+        self.drawing = sampling.Scratch.allocate(self.device, rows, list_size)
         self.ranks = most_likely.allocate_scratch(self.device, rows, vocab_size)
 
     def __call__(self, logits: Array, **inputs: Any) -> dict[str, Array]:
