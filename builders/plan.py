@@ -77,8 +77,9 @@ class PlanBuilder:
             reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
             raise BuildError(f"{self.module} {self.version} cannot read {onnx.name}: {reasons}")
         config = self._config(builder, profiles)
-        if not alone:
-            config.set_flag(self._trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        user_memory = getattr(self._trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+        if user_memory is not None and not alone:
+            config.set_flag(user_memory)
         with self._timed(config):
             built = builder.build_serialized_network(network, config)
         if built is None:
