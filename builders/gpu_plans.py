@@ -122,7 +122,7 @@ class PlanWriter:
         profiles = vision_profiles(vision_config(checkpoint))
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             graph = write_vision_graph(checkpoint, self.precision, Path(scratch))
-            return self._index(folder, self.builder.build(graph, folder / plan_file(VISION), profiles))
+            return self._index(folder, self.builder.build(graph, folder / plan_file(VISION), profiles, alone=True))
 
     def _index(self, folder: Path, *plans: Plan) -> PlanIndex:
         index = PlanIndex(

@@ -23,7 +23,7 @@ from pathlib import Path
 from onnx import TensorProto
 
 from builders.graph.standard import StandardLayers, matrix_shape
-from builders.graph.writer import STANDARD_OPSET, GraphWriter, Value
+from builders.graph.writer import STANDARD_OPSET, GraphWriter
 from builders.model_config import TextConfig
 from builders.quantize import PrecisionName
 from python_backends.runtime.gpu.plans import FIRST, LAST, PIECES
@@ -51,15 +51,14 @@ class _Piece:
         self._graph, self._text, self._layers = graph, text, layers
 
     def write(self, piece: str) -> None:
+        graph = self._graph
         hidden, width = self._text.hidden_size, self._text.num_heads * self._text.head_dim
         attended = "" if piece == FIRST else self._layers.input("attended", self._layers.dtype, ["M", width])
         stream = self._layers.input("stream", TensorProto.FLOAT, ["M", hidden])
         if attended:
-            stream = self._layers.behind_attention(self._layers.widen(attended), stream, str)
-            self._output("next_stream", stream, TensorProto.FLOAT, ["M", hidden])
+            stream = self._layers.behind_attention(attended, stream, str)
+            stream = graph.rename(stream, "next_stream")
+            graph.output(stream, TensorProto.FLOAT, ["M", hidden])
         if piece != LAST:
-            packed = self._layers.projections(stream, str)
-            self._output("packed", packed, self._layers.dtype, ["M", matrix_shape(self._text, Names.QKV)[0]])
-
-    def _output(self, name: str, value: Value, dtype: int, shape: list[int | str]) -> None:
-        self._graph.output(self._graph.op("Identity", value, outputs=[name]), dtype, shape)
+            packed = graph.rename(self._layers.projections(stream, str), "packed")
+            graph.output(packed, self._layers.dtype, ["M", matrix_shape(self._text, Names.QKV)[0]])

@@ -155,7 +155,7 @@ class _Single:
         return graph.op("Where", graph.op("Unsqueeze", is_image, graph.ints(1)), features, stream)
 
     def _attention(self, packed: Value, layer: int, rotation: tuple[Value, Value], mask: Value) -> Value:
-        """Packed q, k, v [B·S, …] → attention's output [B·S, H·hd] float32; keys and values are appended."""
+        """Packed q, k, v [B·S, …] → attention's output [B·S, H·hd], activations; keys and values are appended."""
         graph, text, cache = self._graph, self._text, CacheNames.of(layer)
         batch = graph.op("Shape", "input_ids")
         shape = graph.op("Concat", batch, graph.ints(-1, text.head_dim), axis=0)
@@ -181,7 +181,7 @@ class _Single:
         # The query's norm holds the score's scale.
         attended = graph.op("Attention", self._layers.narrow(query), *whole, mask, scale=1.0)
         attended = graph.op("Transpose", attended, perm=[0, 2, 1, 3])
-        return self._layers.widen(graph.reshape(attended, graph.ints(-1, text.num_heads * text.head_dim)))
+        return graph.reshape(attended, graph.ints(-1, text.num_heads * text.head_dim))
 
     def _head(self, stream: Value) -> None:
         graph, text = self._graph, self._text

@@ -98,16 +98,18 @@ class StandardLayers:
         gamma = self.input(name, TensorProto.FLOAT, [size or self._text.hidden_size])
         return self._graph.op("RMSNormalization", x, gamma, axis=-1, epsilon=self._text.rms_norm_eps)
 
-    def product(self, x: Value, name: str, kind: str, *, narrow: bool = False) -> Value:
-        """x [M, K] float32 · the matrix ``name`` of a kind in `Names` → [M, N], float32 or with ``narrow`` activations.
+    def product(self, x: Value, name: str, kind: str, *, is_narrow: bool = False, narrow: bool = False) -> Value:
+        """x [M, K] · the matrix ``name`` of a kind in `Names` → [M, N].
 
-        TensorRT rounds a product of sixteen-bit operands to sixteen bits, whatever it is made into.
+        Both are float32, or activations: x with ``is_narrow``, the result with ``narrow``. TensorRT rounds a product of
+        sixteen-bit operands to sixteen bits, whatever it is made into.
         """
         graph, stored = self._graph, storage(self._precision, kind)
         rows, columns = matrix_shape(self._text, kind)
         weight = self.input(name, ONNX_DTYPES[stored], [rows, columns])
         scale = Names.scale(name)
         if stored in LARGEST:
+            x = self.widen(x) if is_narrow else x
             x = quantized_product(graph, x, weight, self.input(scale, TensorProto.FLOAT, [rows]), stored)
             return self.narrow(x) if narrow else x
         if stored == "int4":
@@ -116,7 +118,7 @@ class StandardLayers:
             weight = graph.op("DequantizeLinear", weight, scale, axis=1, block_size=GROUP)
         elif ONNX_DTYPES[stored] != self.dtype:
             weight = graph.cast(weight, self.dtype)
-        product = graph.op("MatMul", self.narrow(x), graph.op("Transpose", weight, perm=[1, 0]))
+        product = graph.op("MatMul", x if is_narrow else self.narrow(x), graph.op("Transpose", weight, perm=[1, 0]))
         return product if narrow else self.widen(product)
 
     def narrow(self, x: Value) -> Value:
@@ -139,12 +141,16 @@ class StandardLayers:
         return self.product(self.norm(stream, name(Names.INPUT_NORM)), name(Names.QKV), Names.QKV, narrow=True)
 
     def behind_attention(self, attended: Value, stream: Value, name: Callable[[str], str]) -> Value:
-        """Attention's output [M, H·hd] and the stream [M, D] → the stream behind the layer, all float32."""
+        """Attention's output [M, H·hd] in activations and the stream [M, D] float32 → the stream behind the layer."""
         graph, text = self._graph, self._text
-        x = self.product(attended, name(Names.O), Names.O)
+        x = self.product(attended, name(Names.O), Names.O, is_narrow=True)
         stream = graph.op("Add", stream, self.norm(x, name(Names.POST_ATTENTION_NORM)))
-        x = self.product(self.norm(stream, name(Names.PRE_FEEDFORWARD_NORM)), name(Names.GATE_UP), Names.GATE_UP)
-        gate, up = graph.ops("Split", x, graph.ints(text.intermediate_size, text.intermediate_size), outputs=2, axis=1)
+        x = self.norm(stream, name(Names.PRE_FEEDFORWARD_NORM))
+        sixteen_bits = storage(self._precision, Names.GATE_UP) not in LARGEST
+        x = self.product(x, name(Names.GATE_UP), Names.GATE_UP, narrow=sixteen_bits)
+        gate, up = graph.ops("Split", x, graph.ints(*[text.intermediate_size] * 2), outputs=2, axis=1)
+        if sixteen_bits:  # widened behind the split: before it TensorRT would merge the cast into a slower product
+            gate, up = self.widen(gate), self.widen(up)
         x = graph.op("Mul", graph.op("Gelu", gate, approximate="tanh"), up)
         x = self.product(x, name(Names.DOWN), Names.DOWN)
         return graph.op("Add", stream, self.norm(x, name(Names.POST_FEEDFORWARD_NORM)))

@@ -131,17 +131,18 @@ class VisionEncoder(Generic[Stored]):
         kernel, bias = (self._plain(f"{name}.{part}") for part in ("weight", "bias"))
         return self._graph.op("Conv", x, kernel, bias, strides=[self._config.patch_size] * 2)
 
-    def attention(self, query: Value, key: Value, value: Value) -> Value:
-        """All [N, patches, C] float32."""
-        return encoder_attention(self._graph, self._config.num_heads, query, key, value)
+    def attention(self, packed: Value) -> Value:
+        """Packed q, k, v [N·patches, 3·C] → [N·patches, C], all float32."""
+        parts = self._graph.ops("Split", packed, outputs=3, axis=1, num_outputs=3)
+        query, key, value = (self._graph.reshape(part, self._sequences) for part in parts)
+        x = encoder_attention(self._graph, self._config.num_heads, query, key, value)
+        return self._graph.reshape(x, self._rows)
 
     def _layer(self, stream: Value, prefix: str) -> Value:
         graph = self._graph
         x = self._norm(stream, prefix + "layer_norm1")
         packed = self._linear(x, prefix + "self_attn", "q_proj", "k_proj", "v_proj")
-        parts = graph.ops("Split", packed, outputs=3, axis=1, num_outputs=3)
-        x = self.attention(*(graph.reshape(part, self._sequences) for part in parts))
-        stream = graph.op("Add", stream, self._linear(graph.reshape(x, self._rows), prefix + "self_attn", "out_proj"))
+        stream = graph.op("Add", stream, self._linear(self.attention(packed), prefix + "self_attn", "out_proj"))
 
         x = self._linear(self._norm(stream, prefix + "layer_norm2"), prefix + "mlp", "fc1")
         x = self._linear(graph.op("Gelu", x, approximate="tanh"), prefix + "mlp", "fc2")

@@ -121,12 +121,13 @@ class _VisionPlan(VisionEncoder[_Matrix]):
         strides = [self._config.patch_size] * 2
         return self._linears.widen(self._graph.op("Conv", self._linears.narrow(x), kernel, bias, strides=strides))
 
-    def attention(self, query: Value, key: Value, value: Value) -> Value:
-        graph, heads, width = self._graph, self._config.num_heads, self._config.hidden_size // self._config.num_heads
-        split = graph.ints(0, 0, heads, width)
-        by_head = [
-            graph.op("Transpose", graph.reshape(self._linears.narrow(x), split), perm=[0, 2, 1, 3])
-            for x in (query, key, value)
-        ]
-        x = graph.op("Transpose", graph.op("Attention", *by_head, scale=width**-0.5), perm=[0, 2, 1, 3])
-        return self._linears.widen(graph.reshape(x, graph.ints(0, 0, self._config.hidden_size)))
+    def attention(self, packed: Value) -> Value:
+        graph, config = self._graph, self._config
+        heads, width = config.num_heads, config.hidden_size // config.num_heads
+        by_head = graph.reshape(
+            self._linears.narrow(packed), graph.ints(-1, config.patches_per_side**2, 3 * heads, width)
+        )
+        by_head = graph.op("Transpose", by_head, perm=[0, 2, 1, 3])
+        parts = graph.ops("Split", by_head, graph.ints(heads, heads, heads), outputs=3, axis=1)
+        x = graph.op("Transpose", graph.op("Attention", *parts, scale=width**-0.5), perm=[0, 2, 1, 3])
+        return self._linears.widen(graph.reshape(x, self._rows))

@@ -79,6 +79,15 @@ class GraphWriter:
         """Declare ``value`` as a graph output; its name is the output's."""
         self._outputs.append(helper.make_tensor_value_info(value, dtype, shape))
 
+    def rename(self, value: Value, name: Value) -> Value:
+        """Give a value of this graph the name of an output, without a node for it."""
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                for index, found in enumerate(names):
+                    if found == value:
+                        names[index] = name
+        return name
+
     def constant(self, values: ArrayLike, dtype: Any) -> Value:
         """A small constant, stored in the model file itself and once however often it is asked for."""
         root = self._root
