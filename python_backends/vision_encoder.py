@@ -10,6 +10,7 @@ import numpy as np
 
 from python_backends import config, contract, manifest, triton_io
 from python_backends.errors import ImagesNotSupportedError, InvalidImageError
+from python_backends.manifest import ONNXRUNTIME
 from python_backends.runtime.base import Float32, UInt8, VisionRuntime
 
 MODEL = contract.MODELS[contract.VISION_ENCODER]
@@ -42,6 +43,12 @@ def open_runtime(repository: Path) -> VisionRuntime | None:
     built = manifest.load(repository, [contract.VISION_ENCODER])
     if built.model.image is None:
         return None
+    if built.runtime != ONNXRUNTIME:
+        from python_backends.runtime.gpu.open import open_vision
+
+        on_gpu = open_vision(built)
+        if on_gpu is not None:
+            return on_gpu
     from python_backends.runtime.onnxruntime import OnnxRuntimeVision
 
     folder = built.folder(contract.VISION_ENCODER)

@@ -27,7 +27,7 @@ from python_backends.runtime.gpu.kv import PagedKv, plan_kv
 from python_backends.runtime.gpu.launch import DTYPES, Device, Launch, Operation, Recording, Tensor
 from python_backends.runtime.gpu.pages import PAGE_TOKENS
 from python_backends.runtime.gpu.products import KernelProducts
-from python_backends.runtime.gpu.program import Program
+from python_backends.runtime.gpu.program import Products, Program
 from python_backends.runtime.rows import join_rows, single_row
 
 MAX_LOGIT_ROWS = 64
@@ -60,19 +60,27 @@ class GpuDecoder:
         model: sizes from the manifest.
         weights: on the device.
         options: limits.
+        make_products: what computes between two attentions.
 
     Raises:
         ArtifactError: weights of another model, or kernels that are not there for this GPU.
         ConfigError: the memory does not suffice.
     """
 
-    def __init__(self, device: Device, model: ModelShape, weights: DeviceWeights, options: GpuOptions) -> None:
+    def __init__(
+        self,
+        device: Device,
+        model: ModelShape,
+        weights: DeviceWeights,
+        options: GpuOptions,
+        make_products: Callable[[Device, ModelShape, DeviceWeights, int], Products] = KernelProducts,
+    ) -> None:
         self._device, self._model = device, model
         tokens = max(options.prefill_chunk, options.num_slots * DECODE_POSITIONS, DECODE_POSITIONS)
         self._tokens = 1 << (tokens - 1).bit_length()
         dtype = options.kv_dtype or weights.activation
-        products = KernelProducts(device, model, weights, self._tokens)
-        self.program = Program(device, model, weights, products, self._tokens, MAX_LOGIT_ROWS)
+        self.products = make_products(device, model, weights, self._tokens)
+        self.program = Program(device, model, weights, self.products, self._tokens, MAX_LOGIT_ROWS)
         free = options.memory_limit - device.allocated_bytes
         sizes = plan_kv(model, options.num_slots, options.max_context_length, free, dtype)
         self.kv = PagedKv(device, model, sizes, dtype, options.block_tokens)

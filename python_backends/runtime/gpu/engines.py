@@ -143,15 +143,25 @@ class RuntimeCache:
     def __init__(self, engine: Any, path: Path) -> None:
         self._engine, self._path = engine, path
         self._config = engine.create_runtime_config()
+        module = importlib.import_module(type(engine).__module__)
+        self._config.set_execution_context_allocation_strategy(module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if hasattr(module, "DynamicShapesKernelSpecializationStrategy"):  # compile for a shape when it is first run
+            strategy = module.DynamicShapesKernelSpecializationStrategy.EAGER
+            self._config.dynamic_shapes_kernel_specialization_strategy = strategy
         self._cache = self._config.create_runtime_cache() if hasattr(self._config, "create_runtime_cache") else None
         if self._cache is not None:
             if path.exists():
                 self._cache.deserialize(path.read_bytes())  # one of another driver or GPU is ignored
             self._config.set_runtime_cache(self._cache)
 
-    def context(self) -> Any:
-        """An execution context whose kernels come from the cache and go into it."""
-        return self._engine.create_execution_context(self._config)
+    def context(self, scratch: int, num_bytes: int) -> Any:
+        """An execution context whose kernels come from the cache and go into it.
+
+        It uses the scratch memory at this device address; contexts may share it that do not run at once.
+        """
+        context = self._engine.create_execution_context(self._config)
+        context.set_device_memory(scratch, num_bytes)
+        return context
 
     def save(self) -> None:
         """Keep what has been compiled so far. A folder that cannot be written costs time at the next start, no more."""
