@@ -5,11 +5,15 @@ Needs what `pip install -e '.[tensorrt-rtx]'` installs. The sections:
 - ``demo``: the demo checkpoint in every precision, its held-out set through Triton and the share of equal answers to
   transformers in float32, and the logits' relative error in this process (PyTorch and transformers for that).
 - ``load``: a random checkpoint of ``--shape`` in ``--precision``, closed loops and the cost of Triton.
+- ``vision``: the tower's plan at 896×896, images a second and the share of the matrix rate.
+
+A precision followed by ``+plans`` runs TensorRT-RTX plans between attentions and for the vision tower.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -25,17 +29,19 @@ import numpy as np
 from builders.build import Options, build
 from builders.checkpoint import open_checkpoint
 from builders.demo.evaluate import BatchAnswerFn, Request, evaluate_batches, transformers_answerer
+from builders.model_config import VisionConfig
 from builders.quantize import Precision
 from client.commands.demo import checkpoint_folder, server_answerer
 from client.server import Server, ServerOptions
 from python_backends import manifest
-from python_backends.config import Config
+from python_backends.config import load as load_config
 from python_backends.decoder.open import open_runtime
+from python_backends.runtime.gpu.open import open_vision
 from tests.driver import step_inputs
 from tests.gpu.report import Report
 from tests.reference import reference
 
-PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4")
+PRECISIONS = ("bf16", "bf16+plans", "fp16", "fp16+plans", "fp8", "int8", "int4")
 LOADS = (1, 8, 16)
 
 
@@ -47,11 +53,11 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--conversations", type=int, default=40)
     parser.add_argument("--precisions", nargs="*", default=list(PRECISIONS))
-    parser.add_argument("sections", nargs="*", default=["demo", "load"])
+    parser.add_argument("sections", nargs="*", default=["demo", "load", "vision"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.out / "gpu-serve.json", {})
-    for section, run in (("demo", demo), ("load", load)):
+    for section, run in (("demo", demo), ("load", load), ("vision", vision)):
         if section in options.sections:
             try:
                 run(report, options)
@@ -62,11 +68,13 @@ def main() -> None:
 
 @contextmanager
 def built(checkpoint: Path, precision: str, **settings: object) -> Iterator[Path]:
-    """A repository for the GPU, without plans."""
+    """A repository for the GPU."""
+    precision, _, plans = precision.partition("+")
     block = {"int8": (0,), "int4": (128,)}.get(precision, ())
+    settings["enable_kernel_fusion"] = not plans
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model_repository"
-        build(checkpoint, folder, Options(Precision.of(precision, *block), manifest.TENSORRT_RTX, plans=False))
+        build(checkpoint, folder, Options(Precision.of(precision, *block), manifest.TENSORRT_RTX, plans=bool(plans)))
         (folder / "wicore.json").write_text(json.dumps(settings))
         yield folder
 
@@ -83,26 +91,34 @@ def demo(report: Report, options: argparse.Namespace) -> None:
         questions=reference_report.questions,
     )
     for precision in options.precisions:
-        with built(checkpoint, precision, max_batch_size=16, max_context_length=4096) as folder:
-            error, greedy = _logits_error(checkpoint, folder)
-            began = time.monotonic()
-            with Server(ServerOptions(folder, http_port=0, grpc_port=0, metrics_port=0)) as server:
-                started = time.monotonic() - began
-                with server_answerer(server.addresses.grpc) as answer:
-                    said = Kept(answer)
-                    found = evaluate_batches(said, options.conversations, 0, 64, progress=False)
-                server.check()
-        report.row(
-            "demo",
-            engine=f"tritonserver {precision}",
-            accuracy=found.accuracy,
-            questions=found.questions,
-            same_answer=said.agreement(wanted),
-            relative_logit_error=error,
-            same_greedy_token=greedy,
-            start_s=started,
-            seconds=time.monotonic() - began - started,
-        )
+        try:
+            _demo_in(report, checkpoint, precision, options, wanted)
+        except Exception as error:
+            traceback.print_exc()
+            report.row("failed", part=f"demo {precision}", error=f"{type(error).__name__}: {error}"[:600])
+
+
+def _demo_in(report: Report, checkpoint: Path, precision: str, options: argparse.Namespace, wanted: Kept) -> None:
+    with built(checkpoint, precision, max_batch_size=16, max_context_length=4096) as folder:
+        error, greedy = _logits_error(checkpoint, folder)
+        began = time.monotonic()
+        with Server(ServerOptions(folder, http_port=0, grpc_port=0, metrics_port=0)) as server:
+            started = time.monotonic() - began
+            with server_answerer(server.addresses.grpc) as answer:
+                said = Kept(answer)
+                found = evaluate_batches(said, options.conversations, 0, 64, progress=False)
+            server.check()
+    report.row(
+        "demo",
+        engine=f"tritonserver {precision}",
+        accuracy=found.accuracy,
+        questions=found.questions,
+        same_answer=said.agreement(wanted),
+        relative_logit_error=error,
+        same_greedy_token=greedy,
+        start_s=started,
+        seconds=time.monotonic() - began - started,
+    )
 
 
 class Kept:
@@ -127,9 +143,10 @@ class Kept:
 def _logits_error(checkpoint: Path, folder: Path) -> tuple[float, float]:
     """Of a text longer than the window, in two chunks: (norm of the difference over the norm, equal largest logits)."""
     config = open_checkpoint(checkpoint).config.text
+    settings = dataclasses.replace(load_config(folder), max_batch_size=2, max_context_length=2048)
     ids = np.random.default_rng(0).integers(300, config.vocab_size - 100, 900).tolist()
     wanted = reference(checkpoint).logits(np.array(ids))
-    runtime = open_runtime(manifest.load(folder), Config(max_batch_size=2, max_context_length=2048))
+    runtime = open_runtime(manifest.load(folder), settings)
     try:
         chunks = ((0, 512), (512, 900))
         parts = [runtime.step(step_inputs(1, [ids[a:b]], [a]), want_logits=True).logits for a, b in chunks]
@@ -150,6 +167,43 @@ def load(report: Report, options: argparse.Namespace) -> None:
             found = _wicore("bench", "serve", "--repository", str(folder), *batches, "--requests", "48", "--json")
     for line in found.splitlines():
         report.row("load", **json.loads(line))
+
+
+def vision(report: Report, options: argparse.Namespace) -> None:
+    """The tower of the published models, alone in this process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = Path(scratch) / "random"
+        _wicore("random-checkpoint", "4b", str(checkpoint), "--layers", "6")
+        config = open_checkpoint(checkpoint).config.vision
+        assert config is not None
+        with built(checkpoint, f"{options.precision}+plans") as folder:
+            runtime = open_vision(manifest.load(folder))
+            assert runtime is not None
+            for count in (1, 4, 8):
+                pixels = np.random.default_rng(0).integers(0, 255, (count, *runtime.image_shape)).astype(np.uint8)
+                runtime.encode(pixels)
+                times = []
+                for _ in range(10):
+                    began = time.perf_counter()
+                    runtime.encode(pixels)
+                    times.append(time.perf_counter() - began)
+                seconds = float(np.median(times))
+                flops = count * _tower_flops(config)
+                report.row(
+                    "vision",
+                    images=count,
+                    ms=seconds * 1e3,
+                    images_per_s=count / seconds,
+                    tflops=flops / seconds / 1e12,
+                )
+            runtime.close()
+
+
+def _tower_flops(config: VisionConfig) -> float:
+    """Of one image's products and attention."""
+    tokens, hidden = config.patches_per_side**2, config.hidden_size
+    layer = 2 * tokens * (4 * hidden**2 + 2 * hidden * config.intermediate_size) + 4 * tokens**2 * hidden
+    return float(config.num_layers * layer)
 
 
 def _wicore(*arguments: str) -> str:

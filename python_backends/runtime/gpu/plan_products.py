@@ -57,7 +57,7 @@ class PlanProducts:
         return [loaded.execution(tensors)], packed
 
     def between(self, layer: int, tokens: int, attended: Tensor, stream: Tensor) -> tuple[list[Step], Tensor | None]:
-        """See `Products.between`. A plan's output may not lie on its input: the new stream is copied over the old one."""
+        """See `Products.between`. A plan's output may not lie on its input: the new stream is copied to the old one."""
         is_last = layer + 1 == self._model.num_layers
         loaded = self._plans[LAST if is_last else BETWEEN]
         after = self._next.view(0, tokens, self._model.hidden_size)
