@@ -95,7 +95,9 @@ class Program:
             ConfigError: no such memory is left.
         """
         if model.vocab_size > ranking.MAX_VOCABULARY:
-            raise ArtifactError(f"{model.vocab_size} tokens in the vocabulary; a GPU draws from {ranking.MAX_VOCABULARY}")
+            raise ArtifactError(
+                f"{model.vocab_size} tokens in the vocabulary; a GPU draws from {ranking.MAX_VOCABULARY}"
+            )
         self._device, self._model, self._weights, self._products = device, model, weights, products
         width, act = model.num_heads * model.head_dim, weights.activation
         self.mask_words = -(-model.vocab_size // 32)
