@@ -22,6 +22,7 @@ from python_backends.runtime.gpu.cuda import CudaDevice
 from tests.driver import model_shape
 from tests.gpu.parity import parity
 from tests.gpu.report import Report
+from tests.gpu.sampling import sampling_times
 from tests.gpu.steps import Bench, copy_rate
 
 DECODE = [(batch, context) for context in (1024, 8192) for batch in (1, 4, 8, 16)]
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--kv", default="", help="element type of the KV: fp8e4nv, or that of the activations")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("sections", nargs="*", default=["parity", "decode", "prefill", "breakdown"])
+    parser.add_argument("sections", nargs="*", default=["parity", "sampling", "decode", "prefill", "breakdown"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     kernels = KernelCache(options.kernels or Path(tempfile.gettempdir()) / "wicore-kernels")
@@ -50,7 +51,9 @@ def main() -> None:
     device.close()
     if "parity" in options.sections:
         _guard(report, "parity", lambda: parity(report, kernels))
-    if set(options.sections) - {"parity"}:
+    if "sampling" in options.sections:
+        _guard(report, "sampling", lambda: sampling_times(report, kernels))
+    if set(options.sections) - {"parity", "sampling"}:
         _guard(report, "steps", lambda: steps(report, kernels, options))
 
 

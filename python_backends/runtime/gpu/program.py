@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from python_backends.errors import InternalError
+from python_backends.errors import ArtifactError, InternalError
 from python_backends.manifest import ModelShape
 from python_backends.runtime.gpu.device_weights import DeviceWeights
 from python_backends.runtime.gpu.inputs import DECODE_POSITIONS, Bucket, StepLayout
@@ -26,6 +26,7 @@ from python_backends.runtime.gpu.kernels import (
     most_likely,
     norm,
     prefill_attention,
+    ranking,
     rope,
     sampling,
 )
@@ -87,7 +88,16 @@ class Program:
         max_tokens: int,
         max_logit_rows: int,
     ) -> None:
-        """Allocates everything but the KV."""
+        """Allocates everything but the KV.
+
+        Raises:
+            ArtifactError: a vocabulary that the sampling kernels cannot number.
+            ConfigError: no such memory is left.
+        """
+        if model.vocab_size > ranking.MAX_VOCABULARY:
+            raise ArtifactError(
+                f"{model.vocab_size} tokens in the vocabulary; a GPU draws from {ranking.MAX_VOCABULARY}"
+            )
         self._device, self._model, self._weights, self._products = device, model, weights, products
         width, act = model.num_heads * model.head_dim, weights.activation
         self.mask_words = -(-model.vocab_size // 32)

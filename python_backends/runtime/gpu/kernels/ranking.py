@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from python_backends.runtime.gpu.kernels.lang import jit, tl
 
+MAX_VOCABULARY = 1 << 20
 WHOLE = tl.constexpr(1 << 44)
 """The mass of the most likely token."""
 ID_BITS = tl.constexpr(20)
