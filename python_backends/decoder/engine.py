@@ -143,7 +143,7 @@ class Engine:
                 raise ServerUnavailableError("the server is shutting down")
             if self._stopped.pop(request.request_id, 0.0) > self._clock():
                 raise CancelledError("the request was stopped")
-            if not self._scheduler.can_add(len(sequences)):
+            if not self._scheduler.can_add(len(sequences) + self._intake.num_waiting):
                 raise OverloadedError(f"{len(self._scheduler.queued)} requests are waiting already; try again later")
             for sequence in sequences:
                 self._sequences[sequence.sequence_id] = sequence
