@@ -320,10 +320,8 @@ class Engine:
             sequence = self._sequences[row.sequence_id]
             with self._changed:
                 self._scheduler.computed(row, drawn)
-            # An idle row computes nothing.
             length = len(sequence.tokens) - 1 if row.samples else row.start + row.count
-            if row.count:
-                self._reuse.computed(sequence, row.slot, length)
+            self._reuse.computed(sequence, row.slot, length)
             if row in observed and outputs.block_attention is not None:
                 self._reuse.observe(sequence, outputs.block_attention[row.slot - step.rows[0].slot])
             if end is not None:

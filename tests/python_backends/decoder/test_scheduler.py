@@ -1,7 +1,7 @@
 """The scheduler alone: random arrivals, ends and steps, with every invariant checked after each."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -107,7 +107,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.follow_moves(step)
         self.count_overtakes(before, step)
         assert [row.slot for row in step.rows] == sorted({row.slot for row in step.rows})
-        assert any(row.count for row in step.rows), "a step does something"
+        assert all(row.count for row in step.rows), "every row does something"
         for row in step.rows:
             assert self.slots.setdefault(row.slot, row.sequence_id) == row.sequence_id, "another's cache is in the slot"
             assert row.start == self.done[row.sequence_id]
@@ -256,6 +256,40 @@ def test_idle_rows_between_far_slots_are_closed_up():
     step = scheduler.schedule(4)
     assert [(move.sequence_id, move.slot) for move in (*step.set_aside, *step.resume)] == [(7, 7), (7, 1)]
     assert [row.slot for row in step.rows] == [0, 1]
+
+
+@given(slots=st.integers(1, 24), data=st.data())
+def test_padding_falls_to_one_half_in_as_many_steps_as_there_are_slots(slots, data):
+    """Whoever ends; nobody else comes."""
+    scheduler = Scheduler(slots, 0)
+    for sequence in range(slots):
+        scheduler.add(sequence, 1)
+    run(scheduler, 2 * slots)
+    kept = data.draw(st.sets(st.integers(0, slots - 1), min_size=1))
+    for sequence in set(range(slots)) - kept:
+        scheduler.remove(sequence)
+    for left in reversed(range(slots)):
+        step = scheduler.schedule(4)
+        scheduler.check_integrity()
+        padded = step.rows[-1].slot - step.rows[0].slot + 1
+        assert len(step.rows) == len(kept)
+        assert left or padded <= 2 * len(kept)
+        for row in step.rows:
+            scheduler.computed(row)
+
+
+def test_prompts_that_wait_for_their_turn_cost_a_decode_step_no_rows():
+    scheduler = Scheduler(8, 0)
+    for sequence in range(8):
+        scheduler.add(sequence, 20)
+    widths = []
+    for _ in range(10):
+        step = scheduler.schedule(20)
+        if step.kind == "decode":
+            widths.append((len(step.rows), step.rows[-1].slot - step.rows[0].slot + 1))
+        for row in step.rows:
+            scheduler.computed(row)
+    assert widths == [(count, count) for count in range(1, 6)]
 
 
 def test_a_shared_beginning_ends_a_chunk_and_computed_tokens_are_moved_in():
