@@ -215,6 +215,69 @@ def test_a_stream_of_short_requests_cannot_starve_a_long_one():
     assert order.index(1) == 3
 
 
+arrivals = st.lists(
+    st.tuples(
+        st.integers(0, 30),  # steps after the one before
+        st.integers(1, 40),  # prompt
+        st.integers(-2, 2),  # priority
+        st.integers(0, 99),  # size
+        st.integers(1, 25),  # tokens of the answer
+    ),
+    min_size=2,
+    max_size=20,
+)
+BUDGET, LONGEST_PROMPT, LONGEST_ANSWER = 8, 40, 25
+
+
+def longest_waits(scheduler, coming, steps):
+    """For every time a sequence was without a slot: (steps it took, sequences that waited already when it began)."""
+    coming = [list(each) for each in coming]
+    left, waiting, waits = {}, {}, []
+    for now in range(steps):
+        while coming and coming[0][0] == 0:
+            _, length, priority, size, tokens = coming.pop(0)
+            sequence = len(left) + 1
+            waiting[sequence] = (now, len(scheduler.waiting))
+            scheduler.add(sequence, length, priority=priority, size=size)
+            left[sequence] = tokens
+        if coming:
+            coming[0][0] -= 1
+        before = len(scheduler.waiting)
+        step = scheduler.schedule(BUDGET)
+        for sequence in scheduler.waiting:
+            waiting.setdefault(sequence, (now, before))  # it was set aside
+        for sequence in scheduler.running:
+            if sequence in waiting:
+                since, ahead = waiting.pop(sequence)
+                waits.append((now - since, ahead))
+        for row in step.rows if step else ():
+            scheduler.computed(row)
+            left[row.sequence_id] -= row.samples
+            if not left[row.sequence_id]:
+                scheduler.remove(row.sequence_id)
+        scheduler.check_integrity()
+    return waits + [(steps - since, ahead) for since, ahead in waiting.values()]
+
+
+@settings(deadline=None)
+@given(coming=arrivals, slots=st.integers(1, 4), overtakes=st.integers(0, 4), quantum=st.sampled_from([None, 1, 7]))
+def test_a_wait_is_bounded_whatever_the_priorities_where_answers_end(coming, slots, overtakes, quantum):
+    scheduler = Scheduler(slots, 99, overtakes, quantum)
+    between = 2 * slots * -(-LONGEST_PROMPT // BUDGET) + LONGEST_ANSWER + 1  # steps from one admission to the next
+    for wait, ahead in longest_waits(scheduler, coming, 1500):
+        assert wait <= (ahead + overtakes + 1) * between
+
+
+@settings(deadline=None)
+@given(coming=arrivals, slots=st.integers(1, 4), overtakes=st.integers(0, 4), quantum=st.integers(1, 9))
+def test_a_wait_is_bounded_by_the_quantum_where_answers_never_end(coming, slots, overtakes, quantum):
+    scheduler = Scheduler(slots, 99, overtakes, quantum)
+    endless = [(after, length, 0, size, -1) for after, length, _, size, _ in coming]
+    between = 2 * slots * -(-LONGEST_PROMPT // BUDGET) + quantum + 1
+    for wait, ahead in longest_waits(scheduler, endless, 1500):
+        assert wait <= (ahead + overtakes + 1) * between
+
+
 @pytest.mark.parametrize(("sequences", "slots"), [(2, 1), (3, 1), (7, 2), (20, 16)])
 def test_endless_sequences_share_slots_by_being_set_aside(sequences, slots):
     scheduler = Scheduler(slots, 99, quantum=5)
@@ -258,6 +321,7 @@ def test_idle_rows_between_far_slots_are_closed_up():
     assert [row.slot for row in step.rows] == [0, 1]
 
 
+@settings(deadline=None)
 @given(slots=st.integers(1, 24), data=st.data())
 def test_padding_falls_to_one_half_in_as_many_steps_as_there_are_slots(slots, data):
     """Whoever ends; nobody else comes."""
