@@ -260,6 +260,7 @@ class Engine:
         try:
             if not self._move(step):
                 return None
+            self._postprocessor.shorten_drafts(step, self._sequences)
             masks = self._masks.collect(step, self._sequences)
             inputs = make_inputs(step, self._sequences, self.spec, masks, self._runtime.max_draft)
             if self._observed(step):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from python_backends.decoder.answers import AnswerWriter, Drawn
-from python_backends.decoder.drafts import StepCost
+from python_backends.decoder.drafts import StepCost, worthwhile_length
 from python_backends.decoder.masks import StepMasks
 from python_backends.decoder.scheduler import Row, Step
 from python_backends.decoder.sequence import ActiveSequence, PromptLogprobs, TopLogprobs
@@ -34,6 +34,17 @@ class Postprocessor:
         self._masks = masks
         self._stats = stats
         self._max_draft = max_draft
+
+    def shorten_drafts(self, step: Step, sequences: Mapping[int, ActiveSequence]) -> None:
+        """Before a decode step: cut its rows' drafts to the width that pays for all rows together."""
+        drawing = [sequences[row.sequence_id] for row in step.rows if row.samples]
+        drafts = [(len(each.draft), each.gain.rate) for each in drawing if each.draft]
+        if not drafts:
+            return
+        slots = step.rows[-1].slot - step.rows[0].slot + 1
+        longest = worthwhile_length(drafts, len(drawing), lambda width: self.cost.ratio(slots, width))
+        for sequence in drawing:
+            del sequence.draft[longest:]
 
     def accept(
         self, step: Step, outputs: StepOutputs, sequences: Mapping[int, ActiveSequence]
