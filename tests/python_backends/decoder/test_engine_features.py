@@ -65,6 +65,27 @@ def test_drafts_change_no_token(open_engine, sampled):
     assert plain.stats.read()["drafted_tokens"] == 0
 
 
+def test_drafts_that_slow_the_others_down_more_than_they_gain_are_not_made(open_engine):
+    drafting = open_engine(Config(prefill_chunk=16, max_draft=4))
+    step = drafting._runtime.step
+
+    def half_a_step_more_for_each_token(inputs, **options):
+        time.sleep(0.004 * (1 + inputs.input_ids.shape[1]))
+        return step(inputs, **options)
+
+    drafting._runtime.step = half_a_step_more_for_each_token
+    same = {"logit_bias": ((77, 100.0),), "max_tokens": 80}  # every draft is right
+    assert set(alone(drafting, [77] * 8, **same).tokens) == {77}
+    by_itself = drafting.stats.read()["accepted_tokens"]
+    # Penalties exclude drafts, so three rows only pay for them.
+    others = [Caller(prompt(seed, 8), presence_penalty=0.1, max_tokens=150).to(drafting) for seed in range(3)]
+    wait_until(lambda: all(caller.tokens for caller in others))
+    assert set(alone(drafting, [77] * 8, **same).tokens) == {77}
+    assert not any(caller.ended.is_set() for caller in others)
+    assert by_itself > 30
+    assert drafting.stats.read()["accepted_tokens"] - by_itself < by_itself / 2
+
+
 def test_set_aside_sequences_answer_as_if_alone(open_engine):
     plain = open_engine()
     crowded = open_engine(Config(prefill_chunk=16, quantum_tokens=3, max_draft=3), slots=2)
