@@ -124,6 +124,10 @@ class StepCost:
         plain, wide = self._known(rows, 1), self._known(rows, width)
         return wide / plain if plain and wide else 1.0
 
+    def knows_plain(self, rows: int) -> bool:
+        """Whether a step without drafts was measured."""
+        return self._known(rows, 1) is not None
+
     def _known(self, rows: int, width: int) -> float | None:
         if self._steps - self._last.get((rows, width), -LONGEST_TRUST) >= LONGEST_TRUST:
             self._seconds.pop((rows, width), None)

@@ -42,7 +42,9 @@ class Postprocessor:
         if not drafts:
             return
         slots = step.rows[-1].slot - step.rows[0].slot + 1
-        longest = worthwhile_length(drafts, len(drawing), lambda width: self.cost.ratio(slots, width))
+        longest = 0  # a plain step comes first, or there would be nothing to compare with
+        if self.cost.knows_plain(slots):
+            longest = worthwhile_length(drafts, len(drawing), lambda width: self.cost.ratio(slots, width))
         for sequence in drawing:
             del sequence.draft[longest:]
 

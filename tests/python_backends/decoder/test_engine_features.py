@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from python_backends.config import Config
+from python_backends.decoder.drafts import StepCost
 from python_backends.decoder.engine import Engine
 from python_backends.decoder.grammar import GrammarCompiler
 from python_backends.decoder.token_bytes import TokenBytes
@@ -65,15 +66,16 @@ def test_drafts_change_no_token(open_engine, sampled):
     assert plain.stats.read()["drafted_tokens"] == 0
 
 
+class HalfMoreForEachToken(StepCost):
+    """Costs that do not depend on who else uses the machine."""
+
+    def observe(self, rows, width, seconds):
+        super().observe(rows, width, 1 + 0.5 * (width - 1))
+
+
 def test_drafts_that_slow_the_others_down_more_than_they_gain_are_not_made(open_engine):
     drafting = open_engine(Config(prefill_chunk=16, max_draft=4))
-    step = drafting._runtime.step
-
-    def half_a_step_more_for_each_token(inputs, **options):
-        time.sleep(0.004 * (1 + inputs.input_ids.shape[1]))
-        return step(inputs, **options)
-
-    drafting._runtime.step = half_a_step_more_for_each_token
+    drafting._postprocessor.cost = HalfMoreForEachToken()
     same = {"logit_bias": ((77, 100.0),), "max_tokens": 80}  # every draft is right
     assert set(alone(drafting, [77] * 8, **same).tokens) == {77}
     by_itself = drafting.stats.read()["accepted_tokens"]
@@ -83,7 +85,7 @@ def test_drafts_that_slow_the_others_down_more_than_they_gain_are_not_made(open_
     assert set(alone(drafting, [77] * 8, **same).tokens) == {77}
     assert not any(caller.ended.is_set() for caller in others)
     assert by_itself > 30
-    assert drafting.stats.read()["accepted_tokens"] - by_itself < by_itself / 2
+    assert drafting.stats.read()["accepted_tokens"] - by_itself < 10
 
 
 def test_set_aside_sequences_answer_as_if_alone(open_engine):
