@@ -36,7 +36,7 @@ from python_backends.errors import (
 )
 from python_backends.kv.cache import KvCache
 from python_backends.kv.hit import Hit
-from python_backends.runtime.base import DecoderRuntime, StepOutputs
+from python_backends.runtime.base import DecoderRuntime, StepInputs, StepOutputs
 
 log = logging.getLogger("wicore")
 
@@ -274,7 +274,7 @@ class Engine:
         except Exception:
             log.exception("a step failed")
             return InternalError("a decode step failed; see the server's log")
-        self._observe(step, inputs.input_ids.shape, seconds)
+        self._observe(step, inputs, seconds)
         return outputs
 
     def _move(self, step: Step) -> bool:
@@ -332,15 +332,15 @@ class Engine:
         for row in step.rows:
             self._intake.share(row.sequence_id, row.slot, row.start + row.count)
 
-    def _observe(self, step: Step, shape: tuple[int, ...], seconds: float) -> None:
-        rows, width = shape
+    def _observe(self, step: Step, inputs: StepInputs, seconds: float) -> None:
+        rows, width = inputs.input_ids.shape
         useful = sum(row.count for row in step.rows)
         self.stats.observe(step.kind, useful, rows * width, seconds)
         if step.kind == "prefill":
             self._budget.observe_prefill(useful, seconds)
         else:
             self._budget.observe_decode(seconds)
-            self._postprocessor.cost.observe(rows, width, seconds)
+            self._postprocessor.cost.observe(rows, inputs.logit_positions.shape[1], seconds)
 
     # --- sequences --------------------------------------------------------------------------------------------
 

@@ -125,10 +125,15 @@ class Postprocessor:
         for token in tokens:
             sequence.lookup.add(token)
         room = min(self._max_draft, sequence.max_tokens - sequence.answered - 1)
-        room = self._runtime.max_draft(len(sequence.tokens) - 1, room) if room > 0 else 0
+        room = self._droppable(len(sequence.tokens) - 1, room) if room > 0 else 0
         guess = sequence.lookup.propose(room) if room > 0 else []
         if guess and sequence.gain.worthwhile(len(guess), self.cost.ratio(rows, 1 + len(guess))):
             sequence.draft = guess
+
+    def _droppable(self, past: int, wanted: int) -> int:
+        """How long a draft may be; where steps are to be even, with room for the token that fills it up."""
+        filler = int(self._spec.wants_even_steps)
+        return max(0, self._runtime.max_draft(past, wanted + filler) - filler)
 
     def _keep_prompt(self, sequence: ActiveSequence, row: Row, outputs: StepOutputs, index: int, count: int) -> None:
         """Keep the prompt's log-probabilities that the first ``count`` positions of a chunk gave."""

@@ -88,6 +88,28 @@ def test_drafts_that_slow_the_others_down_more_than_they_gain_are_not_made(open_
     assert drafting.stats.read()["accepted_tokens"] - by_itself < 10
 
 
+def logprobs_of(caller):
+    return [value for piece in caller.answer() for value in piece.logprobs]
+
+
+def test_in_float32_nobodys_drafts_change_a_bit(open_engine):
+    """Log-probabilities of the drawn tokens: one at a time without drafts, and in a crowd of which half drafts."""
+    plain = open_engine(slots=1)
+    crowded = open_engine(Config(prefill_chunk=16, max_draft=4, quantum_tokens=9), slots=5)
+    cases = []
+    for seed in range(10):
+        ids = repeating(seed, 50)
+        bias = tuple((token, 12.0) for token in ids[:3])
+        cases.append((ids, {"max_tokens": 150, "logit_bias": bias} if seed % 2 else {"max_tokens": 150}))
+    callers = [Caller(ids, **parameters).to(crowded) for ids, parameters in cases]
+    for caller, (ids, parameters) in zip(callers, cases, strict=True):
+        expected = alone(plain, ids, **parameters)
+        assert caller.wait().tokens == expected.tokens
+        assert logprobs_of(caller) == logprobs_of(expected)
+    counts = crowded.stats.read()
+    assert 0 < counts["accepted_tokens"] < counts["drafted_tokens"]
+
+
 def test_set_aside_sequences_answer_as_if_alone(open_engine):
     plain = open_engine()
     crowded = open_engine(Config(prefill_chunk=16, quantum_tokens=3, max_draft=3), slots=2)
