@@ -36,6 +36,9 @@ class DecoderSpec:
     eos_token_ids: tuple[int, ...]
     wants_even_chunks: bool = False
     """A chunk of an odd number of prompt tokens may sum in another order than an even one (`decoder.batch.filler`)."""
+    wants_even_steps: bool = False
+    """The same of decode steps. Filled up they cost more, and a row's results are the same, bit for bit, with drafts
+    and without, its own and others'."""
 
 
 @dataclass(frozen=True)
