@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
@@ -9,7 +11,7 @@ from python_backends.errors import InternalError
 from python_backends.kv.admission import Admission
 from python_backends.kv.blocks import EntryId, EntryKey, MissReason, Move, MoveReason, Tier
 from python_backends.kv.counters import Counters
-from python_backends.kv.entries import BIT, Entry, EntryTable, TierBook
+from python_backends.kv.entries import BIT, FASTEST, Entry, EntryTable, TierBook
 
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 
@@ -106,20 +108,38 @@ class Moves:
                     yield victim
 
     def _runs(self, book: TierBook, now: float) -> Generator[Entry]:
-        """Victims that stay where they are while more are chosen, so each is followed by its ancestors of the same
-        newest visit: what came together goes together, deepest first."""
+        """Victims that stay where they are while more are chosen: an ancestor takes its place among the others as soon
+        as it would be a leaf without those given before it."""
         given: set[Entry] = set()
+        exposed: list[tuple[tuple[float, ...], int, Entry]] = []
         with closing(self._victims(book, now)) as victims:
-            for leaf in victims:
-                entry: Entry | None = leaf
-                while entry is not None and entry not in given:
-                    yield entry
-                    given.add(entry)
-                    parent = self._table.get(entry.key.parent)
-                    alone = parent is not None and sum(parent.near[: book.index + 1]) <= 1
-                    together = alone and parent is not None and parent.visit is leaf.visit
-                    held = together and parent is not None and parent.held & book.bit and self._is_free(parent)
-                    entry = parent if held else None
+            leaf = next(victims, None)
+            while leaf is not None or exposed:
+                if leaf is not None and (not exposed or self._rank(leaf, book, now) < exposed[0][0]):
+                    entry, leaf = leaf, next(victims, None)
+                else:
+                    entry = heapq.heappop(exposed)[2]
+                if entry in given:
+                    continue
+                yield entry
+                given.add(entry)
+                parent = self._table.get(entry.key.parent)
+                if parent is not None and self._would_be_leaf(parent, book, given):
+                    heapq.heappush(exposed, (book.policy.rank(parent, now), len(given), parent))
+
+    def _rank(self, entry: Entry, book: TierBook, now: float) -> tuple[float, ...]:
+        """Orphans stand in front of all others."""
+        return (-math.inf,) if entry in self._table.orphans else book.policy.rank(entry, now)
+
+    def _would_be_leaf(self, entry: Entry, book: TierBook, given: set[Entry]) -> bool:
+        """Whether it is a victim of the tier once the entries of ``given`` have left."""
+        if not entry.held & book.bit or not self._is_free(entry):
+            return False
+        near = sum(entry.near[: book.index + 1])
+        if near <= 1:  # the one just given
+            return True
+        children = self._table.children(entry.key.id).values()
+        return all(child in given for child in children if FASTEST[child.present] <= book.index)
 
     @staticmethod
     def _is_free(entry: Entry) -> bool:
