@@ -39,6 +39,7 @@ MAY_BE_ZERO = frozenset(
         "max_requests_per_minute",
         "nvme_memory_gb",
         "nvme_daily_writes_gb",
+        "nvme_free_floor_gb",
         "kv_salt_quota_gb",
         "prefetch_size",
         "drain_s",
@@ -154,6 +155,8 @@ class Config:
     """What the tier on disk may take (GB), 0: no such tier; clipped to what the disk has."""
     nvme_daily_writes_gb: float = 0.0
     """What may be written to it in a day (GB), to spare the disk; 0: any number."""
+    nvme_free_floor_gb: float = 1.0
+    """Free room on that disk that is left to others (GB)."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -16,7 +16,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from client.gateway import errors, health, native
+from client.gateway import errors, health, native, sessions
 from client.gateway.decoder_metrics import DecoderCollector
 from client.gateway.gpu import GpuMeter
 from client.gateway.images import ImageReader
@@ -112,4 +112,4 @@ def create_app(settings: GatewaySettings, lifecycle: Lifecycle | None = None) ->
 
 def routers() -> list[APIRouter]:
     """Every endpoint."""
-    return [health.router, chat.router, completions.router, models.router, native.router]
+    return [health.router, chat.router, completions.router, models.router, native.router, sessions.router]

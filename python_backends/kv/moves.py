@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 
 from python_backends.errors import InternalError
@@ -285,17 +286,30 @@ class Moves:
 
     def _room_below(self, book: TierBook, needed: int, now: float) -> list[Move]:
         """Drops that free ``needed`` bytes on the slowest tier; other tiers make their own room by watermark."""
-        missing = needed - book.free
+        if self._table.below(book) is not None:
+            return []
+        return self._plan_drops(book, needed - book.free, now)
+
+    def _plan_drops(
+        self, book: TierBook, missing: int, now: float, spare: Collection[bool] = (True, False)
+    ) -> list[Move]:
+        """Drops of what is worth least on the tier, of at least ``missing`` bytes where that can be: spare copies
+        (True), and what nobody pinned and nothing that stays depends on (False)."""
         moves: list[Move] = []
-        if missing <= 0 or self._table.below(book) is not None:
+        if missing <= 0:
             return moves
+        going: Counter[EntryId] = Counter()
         with closing(self._runs(book, now)) as victims:
             for entry in victims:
                 if missing <= 0:
                     break
-                if entry.held & ~book.bit or (not entry.pins and not any(entry.near)):
-                    moves.append(Move(entry.key, book.tier, None, self._drop_reason(entry, book)))
-                    missing -= entry.key.num_bytes
+                is_spare = bool(entry.held & ~book.bit)
+                needed = not is_spare and (entry.pins or sum(entry.near) > going[entry.key.id])
+                if needed or is_spare not in spare:
+                    continue
+                moves.append(Move(entry.key, book.tier, None, self._drop_reason(entry, book)))
+                missing -= entry.key.num_bytes
+                going[entry.key.parent] += not is_spare
         return moves
 
     def plan_prefetch(self, keys: Sequence[EntryKey], book: TierBook, now: float) -> list[Move]:
@@ -308,13 +322,10 @@ class Moves:
                 wanted.append(Move(key, entry.fastest(), book.tier, "promote", keep_source=True))
         missing = sum(move.key.num_bytes for move in wanted) - book.free
         drops: list[Move] = []
-        with closing(self._victims(book, now)) as victims:
-            for entry in victims:
-                if missing <= 0:
-                    break
-                if entry.held & ~book.bit:
-                    drops.append(Move(entry.key, book.tier, None, "duplicate"))
-                    missing -= entry.key.num_bytes
+        for spare in (True, False):  # others, too: somebody waits, and moving them down would take a disk's time
+            found = self._plan_drops(book, missing, now, (spare,))
+            missing -= sum(move.key.num_bytes for move in found)
+            drops += found
         while wanted and missing > 0:  # the end can be computed while the beginning is loaded
             missing -= wanted.pop().key.num_bytes
         return drops + wanted

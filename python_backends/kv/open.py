@@ -108,6 +108,7 @@ def _open_nvme(layout: KvLayout, fingerprint: str, config: Config, largest: int)
             fingerprint=f"{fingerprint}/{layout.identity}".encode(),
             block_bytes=layout.block_bytes,
             largest_bytes=largest,
+            free_floor_bytes=int(config.nvme_free_floor_gb * 1e9),
             write_budget_bytes=int(config.nvme_daily_writes_gb * 1e9) or None,
         )
     except TierError as error:
