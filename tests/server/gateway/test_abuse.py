@@ -165,6 +165,7 @@ def test_what_is_harmful_is_refused_by_name(http: httpx.Client, body: dict[str, 
         assert answer.json()["error"]["code"] == code
 
 
+@pytest.mark.effect("max_body_bytes")
 def test_a_body_over_the_limit_is_413_and_the_client_hears_it(start_gateway: StartGateway) -> None:
     gateway = start_gateway(max_body_bytes=100_000)
     body = json.dumps({"messages": [{"role": "user", "content": "x" * 150_000}]})
@@ -210,6 +211,7 @@ def test_a_body_that_breaks_off_leaves_nothing(gateway: Gateway, http: httpx.Cli
     assert "wicore_gateway_requests_in_flight 0.0" in http.get("/metrics").text
 
 
+@pytest.mark.effect("body_timeout_s", "idle_timeout_s")
 def test_a_body_that_does_not_come_is_given_up(start_gateway: StartGateway) -> None:
     gateway = start_gateway(idle_timeout_s=0.5, body_timeout_s=2)
     with neighbour_at(gateway.address):
@@ -246,6 +248,7 @@ def test_who_goes_away_is_stopped_in_the_engine(gateway: Gateway, http: httpx.Cl
     wait_for(http, 0)
 
 
+@pytest.mark.effect("send_timeout_s")
 def test_who_does_not_read_is_stopped_in_the_engine(start_gateway: StartGateway, http: httpx.Client) -> None:
     wait_for(http, 0)
     gateway = start_gateway(send_timeout_s=0.5)
@@ -262,6 +265,7 @@ def test_who_does_not_read_is_stopped_in_the_engine(start_gateway: StartGateway,
             time.sleep(0.1)
 
 
+@pytest.mark.effect("drain_s")
 def test_drain_loses_no_accepted_request_and_refuses_new_ones(start_gateway: StartGateway) -> None:
     gateway = start_gateway(drain_s=60)
     body = {**LONG, "max_tokens": 1000, "temperature": 5.0, "seed": 1}
