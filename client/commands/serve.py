@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -134,9 +135,10 @@ def read_settings(repository: Path | None, file: Path | None) -> tuple[Path, Con
         ConfigError: as `config.load`; also a ``model_path`` that is no model repository, and a build in another
             precision than ``trt_precision``.
     """
-    from python_backends import config, manifest
+    from python_backends import config, manifest, tracing
 
     settings = config.load_file(file) if file else config.load(repository or DEFAULT_REPOSITORY)
+    tracing.check(settings)
     if repository is None and settings.model_path:
         repository = Path(settings.model_path).expanduser()
         if not repository.is_absolute() and file is not None:
@@ -192,14 +194,15 @@ def serve_until_signal(
     from client.server import Supervisor
 
     status = Status()
+    tell = teller(options.config)
 
     def on_restart(died: str) -> None:
         if died:
-            say(f"{died}; starting again")
+            tell(f"{died}; starting again")
         elif as_json:
             emit(ready_line(running.server, running))
         else:
-            say("Serving again.")
+            tell("Serving again.")
 
     running = Supervisor(
         options,
@@ -214,7 +217,7 @@ def serve_until_signal(
         if as_json:
             emit(ready_line(running.server, running))
         else:
-            _introduce(running)
+            _introduce(running, tell)
         try:
             running.run()
         finally:
@@ -222,7 +225,19 @@ def serve_until_signal(
     status.clear()
 
 
-def _introduce(running: Supervisor) -> None:
+def teller(config: Config | None) -> Callable[[str], None]:
+    """What tells a person, or whoever collects the logs, of the server: on standard error, in the logs' format."""
+    if config is None or config.log_format == "text":
+        return say
+    import logging
+
+    from python_backends import logs
+
+    logs.start("serve", config.log_format)
+    return logging.getLogger("wicore.serve").info
+
+
+def _introduce(running: Supervisor, say: Callable[[str], None]) -> None:
     at = running.server.addresses
     say(f"Serving {running.server.options.repository} on {at.http} (HTTP) and {at.grpc} (gRPC)")
     if running.gateway:

@@ -24,6 +24,7 @@ from client.server import launcher, ports
 from client.server.options import Addresses, ServerOptions, command, environment
 from client.server.server_log import Progress, ServerLog
 from python_backends.errors import ServerStartError, ServerUnavailableError
+from python_backends.logs import triton_as_json
 
 SHARED_MEMORY = Path("/dev/shm")
 POLL_S = 0.05
@@ -56,6 +57,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._stages: dict[int, str] = {}
+        self._writes_json = options.config is not None and options.config.log_format == "json"
 
     def __enter__(self) -> Self:
         self.start()
@@ -179,8 +181,9 @@ class Server:
             assert process.stdout is not None
             with process.stdout:
                 for line in process.stdout:
-                    log_file.write(line)
-                    self._take(line.decode(errors="replace").rstrip("\n"))
+                    text = line.decode(errors="replace").rstrip("\n")
+                    log_file.write(f"{triton_as_json(text)}\n".encode() if self._writes_json else line)
+                    self._take(text)
             process.wait()  # its output may end first; this thread must not, see `_launch`
 
     def _take(self, line: str) -> None:
