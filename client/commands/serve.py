@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +13,7 @@ import typer
 
 from client.commands.options import DEFAULT_REPOSITORY, AsJson, ConfigFile
 from client.commands.terminal import Status, command, emit, say
+from client.server.launcher import SECRET_VARIABLE
 from python_backends.errors import ConfigError, WiCoreError
 
 if TYPE_CHECKING:
@@ -37,12 +40,12 @@ def serve(
     http_port: Annotated[int, typer.Option(help="HTTP API; 0 picks a free port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="gRPC API; 0 picks a free port.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics; 0 picks a free port.")] = 8002,
-    admin_key: Annotated[
-        str | None,
+    admin_key_file: Annotated[
+        Path | None,
         typer.Option(
-            envvar="WICORE_ADMIN_KEY",
-            help="Opens the admin APIs (model repository, shared memory, logging, trace) to requests with the header "
-            "wicore-admin-key: KEY. [default: shut]",
+            help="File with a key that opens the admin APIs (model repository, shared memory, logging, trace) to "
+            "requests with the header wicore-admin-key: KEY. [default: the variable WICORE_ADMIN_KEY, else shut]",
+            show_default=False,
         ),
     ] = None,
     response_cache_mb: Annotated[int, typer.Option(min=1, help="Memory for image embeddings seen before, MiB.")] = 256,
@@ -101,8 +104,7 @@ def serve(
         model_config_name=model_config_name,
         config=settings,
     )
-    if admin_key:
-        chosen = dataclasses.replace(chosen, admin_key=admin_key)
+    chosen = dataclasses.replace(chosen, admin_key=read_admin_key(admin_key_file))
     front = gateway_settings(repository, settings, gateway_host or host, gateway_port) if gateway else None
     serve_until_signal(chosen, front, restart=restart, show_log=bool(verbose), as_json=as_json)
 
@@ -158,6 +160,23 @@ def read_settings(repository: Path | None, file: Path | None) -> tuple[Path, Con
                 "trt_precision out"
             )
     return repository, settings
+
+
+def read_admin_key(file: Path | None) -> str:
+    """The key, from a file or the environment: an option's value would be in the process list. Empty for none.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds what no header can.
+    """
+    try:
+        key = os.environ.get(SECRET_VARIABLE, "") if file is None else file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the admin key cannot be read from {file}: {error}") from error
+    if file is not None and not key:
+        raise ConfigError(f"{file} holds no admin key")
+    if not re.fullmatch(r"[A-Za-z0-9_.~-]*", key):
+        raise ConfigError("the admin key may have letters, digits, and _ . ~ -")
+    return key
 
 
 def gateway_settings(repository: Path, settings: Config, host: str, port: int | None) -> GatewaySettings | None:

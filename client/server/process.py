@@ -21,6 +21,7 @@ import psutil
 
 from client.server import installation as installations
 from client.server import launcher, ports
+from client.server.hidden_argument import hide
 from client.server.options import Addresses, ServerOptions, command, environment
 from client.server.server_log import Progress, ServerLog
 from python_backends.errors import ServerStartError, ServerUnavailableError
@@ -180,11 +181,18 @@ class Server:
                 started.set()
             assert process.stdout is not None
             with process.stdout:
-                for line in process.stdout:
+                for number, line in enumerate(process.stdout):
+                    if number == 0:
+                        self._hide_key(process.pid)
                     text = line.decode(errors="replace").rstrip("\n")
                     log_file.write(f"{triton_as_json(text)}\n".encode() if self._writes_json else line)
                     self._take(text)
             process.wait()  # its output may end first; this thread must not, see `_launch`
+
+    def _hide_key(self, pid: int) -> None:
+        """With the first line of its log tritonserver has read its arguments."""
+        if self.options.admin_key and not hide(pid, self.options.admin_key):
+            self._take("the admin key cannot be taken out of the process list here: other users of this machine see it")
 
     def _take(self, line: str) -> None:
         if self.log.add(line) and self._on_progress:

@@ -15,7 +15,7 @@ import pytest
 
 from builders.build import ONNXRUNTIME, TENSORRT
 from builders.cli import default_precision
-from client.commands.serve import read_settings
+from client.commands.serve import read_admin_key, read_settings
 from python_backends import manifest
 from python_backends.config import Config
 from python_backends.errors import ConfigError
@@ -75,3 +75,20 @@ def test_a_device_is_opened_with_its_limits(gpu: ModuleType, tmp_path: Path, mon
     whole = gpu.open_device(tmp_path, dataclasses.replace(config, gpu_memory_gb=200.0, enable_cuda_graph=True))
     assert whole.use_graphs
     assert 0.8 * 80e9 < whole.memory_limit < 80e9
+
+
+def test_the_admin_key_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from an option, which every user of the machine could read."""
+    monkeypatch.delenv("WICORE_ADMIN_KEY", raising=False)
+    assert read_admin_key(None) == ""
+    monkeypatch.setenv("WICORE_ADMIN_KEY", "from-variable")
+    assert read_admin_key(None) == "from-variable"
+    file = tmp_path / "key"
+    file.write_text("from-file\n", encoding="utf-8")
+    assert read_admin_key(file) == "from-file"
+    for text, reason in (("", "holds no admin key"), ("two words", "letters, digits"), ("a:b=c", "letters, digits")):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError, match=reason):
+            read_admin_key(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_admin_key(tmp_path / "none")
