@@ -40,6 +40,9 @@ def serve(
     http_port: Annotated[int, typer.Option(help="HTTP API; 0 picks a free port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="gRPC API; 0 picks a free port.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics; 0 picks a free port.")] = 8002,
+    metrics_host: Annotated[
+        str | None, typer.Option(help="Address of Triton's metrics, for a Prometheus elsewhere. [default: --host]")
+    ] = None,
     admin_key_file: Annotated[
         Path | None,
         typer.Option(
@@ -97,6 +100,7 @@ def serve(
         http_port,
         grpc_port,
         metrics_port,
+        metrics_host=metrics_host,
         response_cache_mb=response_cache_mb,
         drain_s=settings.drain_s,
         log_path=log,

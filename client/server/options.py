@@ -28,6 +28,8 @@ class ServerOptions:
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
+    metrics_host: str | None = None
+    """Where the metrics are to be had; None: on ``host``."""
     admin_key: str = field(default="", repr=False)
     """Value of the header that opens `ADMIN_APIS`; none: nothing opens them."""
     response_cache_mb: int = 256
@@ -97,7 +99,7 @@ def command(options: ServerOptions, installation: Installation, addresses: Addre
         "http-thread-count": options.http_threads,
         "grpc-address": options.host,
         "grpc-port": addresses.grpc_port,
-        "metrics-address": options.host,
+        "metrics-address": options.metrics_host or options.host,
         "metrics-port": addresses.metrics_port,
         "http-restricted-api": restricted,
         "grpc-restricted-protocol": restricted,
