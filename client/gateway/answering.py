@@ -95,8 +95,8 @@ def _observe(services: Services, piece: Piece, now: float, arrived_s: float, las
             monitor.first_token.add(now - arrived_s)
     elif count:
         each = (now - before) / count  # tokens that came together (drafts) share the time
+        metrics.inter_token_s.observe(each, count)
         for _ in range(count):
-            metrics.inter_token_s.observe(each)
             monitor.inter_token.add(each)
     if count or before is None:
         last_s[piece.index] = now
