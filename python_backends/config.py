@@ -47,10 +47,11 @@ MAY_BE_ZERO = frozenset(
 )
 CHOICES = {
     "cpu_kernels": ("auto", "onnxruntime"),
+    "log_format": ("text", "json"),
     "trt_precision": ("auto", "fp32", "bf16", "fp16", "fp8", "int8", "int4"),
 }
 
-SHARES = frozenset(("kv_cache_share", "hmt_decay_factor", "hmt_gpu_threshold", "hmt_cpu_threshold"))
+SHARES = frozenset(("kv_cache_share", "hmt_decay_factor", "hmt_gpu_threshold", "hmt_cpu_threshold", "trace_share"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,13 @@ class Config:
     """How long the gateway keeps a connection without requests."""
     drain_s: int = 30
     """How long answers in flight may go on after a stop."""
+    log_format: str = "text"
+    """Of the logs of the gateway, Triton, its stages and `wicore serve`: "text", or "json" for one object a line."""
+    otlp_endpoint: str = ""
+    """Where traces go: base URL of an OpenTelemetry collector's OTLP/HTTP receiver (http://127.0.0.1:4318); none:
+    nowhere."""
+    trace_share: float = 1.0
+    """Of requests whose client has not decided it (``traceparent``), how many are traced."""
 
     enable_hmt: bool = True
     """Keep KV beyond the requests that computed it, in tiers: device, host and, with ``nvme_path``, disk."""

@@ -251,9 +251,9 @@ class Engine:
         """Note how long sequences that have their first step now were in the queue."""
         if step.kind == "prefill":
             for sequence in (self._sequences[row.sequence_id] for row in step.rows):
-                if not sequence.begun:
-                    sequence.begun = True
-                    self.stats.waited(self._clock() - sequence.submitted_s)
+                if sequence.begun_s is None:
+                    sequence.begun_s = self._clock()
+                    self.stats.waited(sequence.begun_s - sequence.submitted_s)
 
     def _run(self, step: Step) -> StepOutputs | WiCoreError | None:
         """None where the step cannot run: something to be moved in is lost, and is computed again."""

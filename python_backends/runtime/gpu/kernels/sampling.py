@@ -360,7 +360,12 @@ def draw(logits: Tensor, bests: Tensor, targets: Tensor, filters: Filters, scrat
                 *(logits, bests, targets, filters.temperature, filters.top_k, filters.top_p, filters.uniform),
                 *(*tables, scratch.cursors, scratch.lists, scratch.drawn),
             ),
-            {**sizes, "CHUNK": min(_CHUNK, max(512, power_of_two(vocab_size))), "LIST": size, "LIST_BITS": size.bit_length() - 1},
+            {
+                **sizes,
+                "CHUNK": min(_CHUNK, max(512, power_of_two(vocab_size))),
+                "LIST": size,
+                "LIST_BITS": size.bit_length() - 1,
+            },
             num_warps=16,
         ),
     ]
