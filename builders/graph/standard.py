@@ -7,7 +7,7 @@ can be refitted instead does not build without a GPU.) Two layouts decide how fa
 - fp8 and int8 meet activations in the same eight bits, quantized per token in the graph: the matrix goes into the
   product as it lies. Weights that are widened first would be written to scratch memory by a kernel of their own.
 - int4 is widened in every step, because TensorRT fuses that into the product for constants alone. Its bytes are signed,
-  those of the weight file XOR 0x88.
+  those of the weight file XOR `plans.SIGNED_INT4`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ ONNX_DTYPES: dict[Storage, int] = {
 }
 LARGEST = {"fp8": float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max), "int8": 127.0}
 """What the largest activation of a token becomes."""
-SIGNED_INT4 = 0x88
-"""Bytes of four-bit weights in the weight file XOR this are ONNX's INT4."""
 
 _HALF_MAX = float(np.finfo(np.float16).max)
 _TINY = 1e-12

@@ -5,7 +5,6 @@ Needs what `pip install -e '.[tensorrt-rtx]'` installs. The sections:
 - ``demo``: the demo checkpoint in every precision, its held-out set through Triton and the share of equal answers to
   transformers in float32, and the logits' relative error in this process (PyTorch and transformers for that).
 - ``load``: a random checkpoint of ``--shape`` in ``--precision``, closed loops and the cost of Triton.
-- ``vision``: the tower's plan at 896×896, images a second and the share of the matrix rate.
 
 A precision followed by ``+plans`` runs TensorRT-RTX plans between attentions and for the vision tower.
 """
@@ -29,14 +28,12 @@ import numpy as np
 from builders.build import Options, build
 from builders.checkpoint import open_checkpoint
 from builders.demo.evaluate import BatchAnswerFn, Request, evaluate_batches, transformers_answerer
-from builders.model_config import VisionConfig
 from builders.quantize import Precision
 from client.commands.demo import checkpoint_folder, server_answerer
 from client.server import Server, ServerOptions
 from python_backends import manifest
 from python_backends.config import load as load_config
 from python_backends.decoder.open import open_runtime
-from python_backends.runtime.gpu.open import open_vision
 from tests.driver import step_inputs
 from tests.gpu.report import Report
 from tests.reference import reference
@@ -53,11 +50,11 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--conversations", type=int, default=40)
     parser.add_argument("--precisions", nargs="*", default=list(PRECISIONS))
-    parser.add_argument("sections", nargs="*", default=["demo", "load", "vision"])
+    parser.add_argument("sections", nargs="*", default=["demo", "load"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.out / "gpu-serve.json", {})
-    for section, run in (("demo", demo), ("load", load), ("vision", vision)):
+    for section, run in (("demo", demo), ("load", load)):
         if section in options.sections:
             try:
                 run(report, options)
@@ -167,43 +164,6 @@ def load(report: Report, options: argparse.Namespace) -> None:
             found = _wicore("bench", "serve", "--repository", str(folder), *batches, "--requests", "48", "--json")
     for line in found.splitlines():
         report.row("load", **json.loads(line))
-
-
-def vision(report: Report, options: argparse.Namespace) -> None:
-    """The tower of the published models, alone in this process."""
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Path(scratch) / "random"
-        _wicore("random-checkpoint", "4b", str(checkpoint), "--layers", "6")
-        config = open_checkpoint(checkpoint).config.vision
-        assert config is not None
-        with built(checkpoint, f"{options.precision}+plans") as folder:
-            runtime = open_vision(manifest.load(folder))
-            assert runtime is not None
-            for count in (1, 4, 8):
-                pixels = np.random.default_rng(0).integers(0, 255, (count, *runtime.image_shape)).astype(np.uint8)
-                runtime.encode(pixels)
-                times = []
-                for _ in range(10):
-                    began = time.perf_counter()
-                    runtime.encode(pixels)
-                    times.append(time.perf_counter() - began)
-                seconds = float(np.median(times))
-                flops = count * _tower_flops(config)
-                report.row(
-                    "vision",
-                    images=count,
-                    ms=seconds * 1e3,
-                    images_per_s=count / seconds,
-                    tflops=flops / seconds / 1e12,
-                )
-            runtime.close()
-
-
-def _tower_flops(config: VisionConfig) -> float:
-    """Of one image's products and attention."""
-    tokens, hidden = config.patches_per_side**2, config.hidden_size
-    layer = 2 * tokens * (4 * hidden**2 + 2 * hidden * config.intermediate_size) + 4 * tokens**2 * hidden
-    return float(config.num_layers * layer)
 
 
 def _wicore(*arguments: str) -> str:

@@ -203,17 +203,6 @@ class KernelLaunch:
         _check(cu.cuLaunchKernel(self._function, *self._grid, self._threads, 1, 1, self._shared, stream, packed, 0))
 
 
-class Copy:
-    """An `Operation`: one tensor over another of the same size."""
-
-    def __init__(self, target: Tensor, source: Tensor) -> None:
-        self._target, self._source = target, source
-
-    def issue(self, stream: int) -> None:
-        """See `Operation.issue`."""
-        _check(cu.cuMemcpyDtoDAsync(self._target.address, self._source.address, self._target.num_bytes, stream))
-
-
 class CudaRecording:
     """`Recording` of a `CudaDevice`: a CUDA graph, or the launches themselves."""
 

@@ -78,7 +78,7 @@ def make_log(module: Any) -> Any:
     return Log()
 
 
-def load_engine(folder: Path, index: PlanIndex, plan: Plan, *, capability: int | None = None) -> Any:
+def load_engine(folder: Path, index: PlanIndex, plan: Plan, *, capability: int | None = None) -> tuple[Any, Any]:
     """Deserialize a plan.
 
     Args:
@@ -88,7 +88,7 @@ def load_engine(folder: Path, index: PlanIndex, plan: Plan, *, capability: int |
         capability: of the GPU, 89 for 8.9, where it is known.
 
     Returns:
-        The module's ``ICudaEngine``.
+        The module's ``ICudaEngine``, and the log (`make_log`) that its errors go to; it must live as long.
 
     Raises:
         ArtifactError: TensorRT is missing or of another version, there is no GPU, or the plan does not fit it.
@@ -112,7 +112,7 @@ def load_engine(folder: Path, index: PlanIndex, plan: Plan, *, capability: int |
     engine = module.Runtime(log).deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise ArtifactError(f"{path} cannot be loaded: {_explain(log.errors, rebuild)}")
-    return engine
+    return engine, log
 
 
 def _explain(errors: Iterable[str], rebuild: str) -> str:
@@ -140,28 +140,27 @@ class RuntimeCache:
     ``tensorrt`` compiles everything while it builds and has no such cache: contexts are plain ones then.
     """
 
-    def __init__(self, engine: Any, path: Path) -> None:
+    def __init__(self, module: Any, engine: Any, path: Path) -> None:
+        """Contexts get no scratch memory of their own: whoever uses one gives it some."""
         self._engine, self._path = engine, path
         self._config = engine.create_runtime_config()
-        module = importlib.import_module(type(engine).__module__)
         self._config.set_execution_context_allocation_strategy(module.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if hasattr(module, "DynamicShapesKernelSpecializationStrategy"):  # compile for a shape when it is first run
-            strategy = module.DynamicShapesKernelSpecializationStrategy.EAGER
-            self._config.dynamic_shapes_kernel_specialization_strategy = strategy
+        specialization = getattr(module, "DynamicShapesKernelSpecializationStrategy", None)
+        if specialization is not None:  # compiled when a shape is first used, not behind a capture's back
+            self._config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
         self._cache = self._config.create_runtime_cache() if hasattr(self._config, "create_runtime_cache") else None
         if self._cache is not None:
             if path.exists():
                 self._cache.deserialize(path.read_bytes())  # one of another driver or GPU is ignored
             self._config.set_runtime_cache(self._cache)
 
-    def context(self, scratch: int, num_bytes: int) -> Any:
-        """An execution context whose kernels come from the cache and go into it.
+    def context(self) -> Any:
+        """An execution context whose kernels come from the cache and go into it."""
+        return self._engine.create_execution_context(self._config)
 
-        It uses the scratch memory at this device address; contexts may share it that do not run at once.
-        """
-        context = self._engine.create_execution_context(self._config)
-        context.set_device_memory(scratch, num_bytes)
-        return context
+    def close(self) -> None:
+        """Free what belongs to the engine."""
+        self._engine = self._config = self._cache = None
 
     def save(self) -> None:
         """Keep what has been compiled so far. A folder that cannot be written costs time at the next start, no more."""

@@ -53,7 +53,7 @@ def open_decoder(manifest: Manifest, config: Config) -> GpuDecoder:
         compile_all = functools.partial(device.compile_all, progress=_Progress())
         recordings = warm_up(decoder, compile_all, chunk=config.prefill_chunk, attention_block=block)
         if isinstance(decoder.products, PlanProducts):
-            decoder.products.save_kernels()
+            decoder.products.save()
     except BaseException:
         device.close()
         raise
@@ -78,7 +78,12 @@ def _products(folder: Path, config: Config) -> Callable[[Device, ModelShape, Dev
             "enable_kernel_fusion is off, so that TensorRT plans do the work between attentions, and this build has "
             "none; build again without --no-plans, or switch it on"
         )
-    return functools.partial(PlanProducts, folder=folder, index=index)
+
+    def over_plans(device: Device, model: ModelShape, weights: DeviceWeights, max_tokens: int) -> PlanProducts:
+        head = KernelProducts(device, model, weights, max_tokens)
+        return PlanProducts.load(device, model, weights, folder, index, max_tokens, head)
+
+    return over_plans
 
 
 def open_vision(manifest: Manifest) -> PlanVision | None:

@@ -26,6 +26,9 @@ SINGLE: Final = "single"
 VISION: Final = "vision_encoder"
 """Names of plans: pieces of the decoder cut at attention, the whole decoder with stock attention, the vision tower."""
 
+SIGNED_INT4: Final = 0x88
+"""Bytes of four-bit weights in the weight file XOR this are the signed ones that plans take."""
+
 Shape = tuple[int, ...]
 
 _REBUILD = "run `wicore build` again with the same options"

@@ -1,4 +1,4 @@
-"""The vision tower and projector as a TensorRT plan."""
+"""`VisionRuntime` on a GPU: the tower's plan, recorded once for each number of images."""
 
 from __future__ import annotations
 
@@ -6,69 +6,74 @@ from pathlib import Path
 
 import numpy as np
 
-from python_backends.errors import InternalError
 from python_backends.runtime.base import Float32, UInt8
-from python_backends.runtime.gpu.cuda import CudaDevice
-from python_backends.runtime.gpu.execution import LoadedPlan
+from python_backends.runtime.gpu.launch import Device, Recording
+from python_backends.runtime.gpu.plan_execution import PlanRunner
 from python_backends.runtime.gpu.plans import VISION, PlanIndex
-
-PIXELS, FEATURES = "pixels", "image_features"
 
 
 class PlanVision:
-    """`VisionRuntime` over the plan. Not thread-safe; closes the device.
+    """`VisionRuntime` over a device, which is closed with it. Not thread-safe.
 
     Args:
-        device: with memory for the plan's scratch and the images of a run.
+        device: where the plan runs.
         folder: of the plan.
-        index: it is in.
+        index: the one it is in.
 
     Raises:
-        ArtifactError: a plan of another version or for another GPU.
-        ConfigError: the GPU's memory does not suffice.
+        ArtifactError: the plan cannot be loaded here.
+        ConfigError: the device has no room.
     """
 
-    def __init__(self, device: CudaDevice, folder: Path, index: PlanIndex) -> None:
-        self._device = device
-        plan = index[VISION]
-        self._loaded = LoadedPlan(device, folder, index, plan)
-        self._most = max(profile.shapes[PIXELS][-1][0] for profile in plan.profiles)
-        (_, channels, height, width), (_, tokens, hidden) = plan.inputs[0].shape, plan.outputs[0].shape
-        self._image_shape = (channels, height, width)
-        self._pixels = device.allocate("u8", self._most, channels, height, width)
-        self._features = device.allocate("fp32", self._most, tokens, hidden)
-        self._is_saved = False
+    def __init__(self, device: Device, folder: Path, index: PlanIndex) -> None:
+        self._device, self._runner = device, PlanRunner(device, folder, index, VISION)
+        plan = self._runner.plan
+        (pixels,), (features,) = plan.inputs, plan.outputs
+        self.max_images = max(profile.shapes[pixels.name][-1][0] for profile in plan.profiles)
+        self._pixels = device.allocate(pixels.dtype, self.max_images, *pixels.shape[1:])
+        self._features = device.allocate(features.dtype, self.max_images, *features.shape[1:])
+        needed = self._runner.scratch_bytes(**{pixels.name: self._pixels.shape})
+        self._runner.use_scratch(device.allocate("u8", max(1, needed)))
+        self._recordings: dict[int, Recording] = {}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(3, H, W)."""
-        return self._image_shape
+        """See `VisionRuntime.image_shape`."""
+        _, channels, height, width = self._pixels.shape
+        return channels, height, width
 
     def encode(self, pixels: UInt8) -> Float32:
-        """[N, 3, H, W] uint8 RGB → [N, tokens_per_image, D] float32, as many images at once as the plan takes.
-
-        Raises:
-            InternalError: another shape, or a failure of TensorRT or the driver.
-        """
-        if pixels.shape[1:] != self._image_shape or pixels.dtype != np.uint8:
-            raise InternalError(f"pixels {pixels.dtype}{list(pixels.shape)}; wanted uint8 [N, {self._image_shape}]")
+        """See `VisionRuntime.encode`."""
         self._device.activate()
-        features = np.empty((len(pixels), *self._features.shape[1:]), np.float32)
-        for start in range(0, len(pixels), self._most):
-            self._run(pixels[start : start + self._most], features[start : start + self._most])
-        if not self._is_saved:
-            self._loaded.save_kernels()
-            self._is_saved = True
-        return features
+        parts = [self._encode(pixels[at : at + self.max_images]) for at in range(0, len(pixels), self.max_images)]
+        return np.concatenate(parts) if parts else np.empty((0, *self._features.shape[1:]), np.float32)
 
-    def _run(self, pixels: UInt8, into: Float32) -> None:
-        count = len(pixels)
-        source = self._pixels.view(0, count, *self._pixels.shape[1:])
-        target = self._features.view(0, count, *self._features.shape[1:])
-        self._device.write(source, pixels)
-        self._loaded.execution({PIXELS: source, FEATURES: target}).issue(self._device.stream)
-        self._device.read(target, into)
+    def recording(self, count: int) -> Recording:
+        """The plan over ``count`` images."""
+        if count not in self._recordings:
+            bindings = {
+                tensor.name: buffer.view(0, count, *buffer.shape[1:])
+                for tensor, buffer in (
+                    (self._runner.plan.inputs[0], self._pixels),
+                    (self._runner.plan.outputs[0], self._features),
+                )
+            }
+            self._recordings[count] = self._device.record([self._runner.operation(bindings)])
+            self._runner.save()
+        return self._recordings[count]
 
     def close(self) -> None:
-        """Free everything on the GPU."""
+        """Free everything on the device."""
+        self._device.activate()
+        self._device.synchronize()
+        self._recordings.clear()
+        self._runner.close()
         self._device.close()
+
+    def _encode(self, pixels: UInt8) -> Float32:
+        count = len(pixels)
+        recording = self.recording(count)
+        self._device.write(self._pixels.view(0, *pixels.shape), np.ascontiguousarray(pixels))
+        recording.replay()
+        found: Float32 = self._device.read(self._features.view(0, count, *self._features.shape[1:]))
+        return found

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 
 from builders.checkpoint import open_checkpoint
 from builders.gpu_weights import write_gpu_weights
-from builders.graph.standard import SIGNED_INT4
 from builders.quantize import PER_CHANNEL, Precision
+from python_backends.runtime.gpu.plans import SIGNED_INT4
 from python_backends.runtime.gpu.weights import GROUP, GpuWeights, Names, open_weights
 
 
