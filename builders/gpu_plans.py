@@ -17,7 +17,8 @@ from builders.graph.vision_plan import write_vision_graph
 from builders.model_config import TextConfig, VisionConfig
 from builders.plan import PlanBuilder
 from builders.quantize import PrecisionName
-from python_backends.runtime.gpu.engines import MODULES, TENSORRT
+from python_backends.manifest import TENSORRT
+from python_backends.runtime.gpu.engines import MODULES
 from python_backends.runtime.gpu.plans import FIRST, FORMAT, PIECES, SINGLE, VISION, Plan, PlanIndex, Profile
 
 MAX_TOKENS = 4096
