@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,17 @@ import pytest
 from builders.checkpoint import open_checkpoint
 from builders.gpu_plans import MAX_TOKENS, TOKENS, PlanWriter
 from builders.gpu_weights import ACTIVATIONS
+from builders.graph.pieces import write_pieces
 from builders.graph.standard import ONNX_DTYPES, matrix_shape
 from builders.model_config import TextConfig, read_model_config
 from builders.plan import PlanBuilder
 from builders.random_checkpoint import shape_config
 from python_backends.errors import ArtifactError, BuildError
+from python_backends.manifest import file_sha256
 from python_backends.runtime.gpu.engines import load_engine
 from python_backends.runtime.gpu.plans import BETWEEN, FIRST, INDEX_FILE, LAST, PIECES, PlanIndex, open_plans
 from python_backends.runtime.gpu.weights import Names
-from tests.checkpoints import DEMO
+from tests.checkpoints import DEMO, scratch
 
 RTX = "tensorrt_rtx"
 PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4")
@@ -39,6 +43,22 @@ def decoder(shape: str, folder: Path) -> TextConfig:
 
 def build(shape: str, precision: Any, folder: Path, capabilities: tuple[str, ...] = ("8.9",)) -> PlanIndex:
     return PlanWriter(PlanBuilder(RTX, capabilities), precision).decoder(decoder(shape, folder), folder)
+
+
+@functools.cache
+def _demo() -> Path:
+    folder = scratch() / "demo-plans"
+    folder.mkdir()
+    build("demo", "bf16", folder)
+    return folder
+
+
+def demo_plans(folder: Path) -> PlanIndex:
+    """The demo checkpoint's plans in bf16, built once and copied into ``folder``."""
+    shutil.copytree(_demo(), folder, dirs_exist_ok=True)
+    index = open_plans(folder)
+    assert index is not None
+    return index
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -79,7 +99,7 @@ def test_plans_for_all_gpus_of_tensorrts_own_choice(tmp_path: Path, precision: A
 
 
 def test_steps_find_the_profile_they_fit_and_larger_ones_none(tmp_path: Path) -> None:
-    plan = build("demo", "bf16", tmp_path)[FIRST]
+    plan = demo_plans(tmp_path)[FIRST]
     width = plan.inputs[0].shape[-1]
     found = [plan.profile(stream=(tokens, width)) for tokens in (1, 8, 9, 16, 17, 128, 129, MAX_TOKENS)]
     assert found == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -88,12 +108,12 @@ def test_steps_find_the_profile_they_fit_and_larger_ones_none(tmp_path: Path) ->
 
 
 def test_the_same_graph_has_the_same_hash_and_another_precision_another(tmp_path: Path) -> None:
-    found = []
-    for count, precision in enumerate(("bf16", "bf16", "fp8")):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        found.append(build("demo", precision, folder)[BETWEEN].onnx_sha256)
-    assert found[0] == found[1] != found[2]
+    text = decoder("demo", tmp_path)
+    first, again, other = (
+        file_sha256(write_pieces(text, precision, tmp_path)[BETWEEN]) for precision in ("bf16", "bf16", "fp8")
+    )
+    assert first == again != other
+    assert demo_plans(tmp_path)[BETWEEN].onnx_sha256 == first
 
 
 @pytest.mark.parametrize(
@@ -130,7 +150,7 @@ def test_a_module_that_is_not_installed_says_how_to_get_it_or_do_without() -> No
 def test_a_plan_that_cannot_be_loaded_says_why_and_what_to_do(
     tmp_path: Path, change: dict[str, Any], capability: int | None, message: str
 ) -> None:
-    index = dataclasses.replace(build("demo", "bf16", tmp_path), **change)
+    index = dataclasses.replace(demo_plans(tmp_path), **change)
     with pytest.raises(ArtifactError, match=message):
         load_engine(tmp_path, index, index[FIRST], capability=capability)
 
@@ -148,7 +168,7 @@ def test_a_plan_that_cannot_be_loaded_says_why_and_what_to_do(
 def test_damaged_plans_are_refused_with_how_to_rebuild(
     tmp_path: Path, damage: Callable[[Path, Any], object], message: str
 ) -> None:
-    build("demo", "bf16", tmp_path)
+    demo_plans(tmp_path)
     values = json.loads((tmp_path / INDEX_FILE).read_text())
     damage(tmp_path, values)
     (tmp_path / INDEX_FILE).write_text(json.dumps(values))
