@@ -47,11 +47,9 @@ class PlanRunner:
         """The module's ``ICudaEngine``."""
         return self._engine
 
-    def scratch_bytes(self, **shapes: Sequence[int]) -> int:
-        """Memory that inputs of these shapes need beside themselves; every dynamic input has to be there."""
-        context = self._context(shapes, stream=0)
-        self._shape(context, shapes)
-        return int(context.update_device_memory_size_for_shapes())
+    def scratch_bytes(self) -> int:
+        """Memory that the plan needs beside its inputs and outputs, whatever their shapes."""
+        return int(self._engine.device_memory_size_v2)
 
     def use_scratch(self, scratch: Tensor) -> None:
         """Take scratch memory, which other plans on the same stream may use too."""
@@ -79,11 +77,9 @@ class PlanRunner:
         context = self._context(shapes, stream)
         if self._shapes.get(id(context)) != shapes:  # never while a step is recorded: it was issued once before
             self._shape(context, shapes)
-            needed = int(context.update_device_memory_size_for_shapes())
-            if needed:
-                if self._scratch is None or self._scratch.num_bytes < needed:
-                    raise InternalError(f"plan {self.plan.name!r} needs {needed} bytes of scratch memory")
-                context.set_device_memory(self._scratch.address, self._scratch.num_bytes)
+            if self._scratch is None or self._scratch.num_bytes < self.scratch_bytes():
+                raise InternalError(f"plan {self.plan.name!r} needs {self.scratch_bytes()} bytes of scratch memory")
+            context.set_device_memory(self._scratch.address, self._scratch.num_bytes)
             self._shapes[id(context)] = dict(shapes)
         for name, address in addresses.items():
             context.set_tensor_address(name, address)

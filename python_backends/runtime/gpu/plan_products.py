@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -26,8 +26,8 @@ class Runner(Protocol):
         """What it takes and gives."""
         ...
 
-    def scratch_bytes(self, **shapes: Sequence[int]) -> int:
-        """Memory that inputs of these shapes need."""
+    def scratch_bytes(self) -> int:
+        """Memory that it needs beside its tensors."""
         ...
 
     def use_scratch(self, scratch: Tensor) -> None:
@@ -79,12 +79,7 @@ class PlanProducts:
         # A plan may not write what it reads, so the stream goes from one buffer to the other, and back to the caller's.
         self._streams = [device.allocate("fp32", max_tokens, hidden) for _ in range(2)]
         self._signed: dict[str, Tensor] = {}
-        largest = {"stream": (max_tokens, hidden), "attended": (max_tokens, width)}
-        needed = [1]
-        for runner in runners.values():
-            dynamic = [tensor.name for tensor in runner.plan.inputs if -1 in tensor.shape]
-            needed.append(runner.scratch_bytes(**{name: largest[name] for name in dynamic}))
-        scratch = device.allocate("u8", max(needed))
+        scratch = device.allocate("u8", max(1, *(runner.scratch_bytes() for runner in runners.values())))
         for runner in runners.values():
             runner.use_scratch(scratch)
 
