@@ -198,8 +198,16 @@ def test_kept_kv_takes_its_share_of_the_memory_in_blocks(built):
 
 @pytest.mark.effect("num_threads")
 def test_the_runtime_has_so_many_threads(built):
+    def settled():
+        """Threads of this process, once those of earlier tests have ended."""
+        found, last = psutil.Process().num_threads(), 0
+        while found != last:
+            time.sleep(0.2)
+            found, last = psutil.Process().num_threads(), found
+        return found
+
     def threads(number):
-        before = psutil.Process().num_threads()
+        before = settled()
         runtime = open_runtime(built, Config(num_threads=number, enable_hmt=False, cpu_kernels="onnxruntime"))
         found = psutil.Process().num_threads() - before
         runtime.close()

@@ -111,6 +111,12 @@ def test_no_more_is_written_in_a_day_than_may_be(tmp_path):
     assert little["written_bytes"] < 0.5 * all_["written_bytes"]
 
 
+@pytest.mark.effect("nvme_free_floor_gb")
+def test_a_disk_below_its_free_floor_is_not_written_to(tmp_path):
+    found = tiers_after(nvme_path=str(tmp_path), nvme_memory_gb=0.05, nvme_free_floor_gb=1e9)
+    assert found.get("nvme", {"written_bytes": 0})["written_bytes"] == 0
+
+
 @pytest.mark.effect("kv_salt_quota_gb")
 def test_a_salt_takes_no_more_than_its_quota():
     assert max(tier["used_bytes"] for tier in tiers_after(kv_salt_quota_gb=0.0003).values()) <= 0.0003e9
