@@ -91,6 +91,8 @@ def test_every_metric_family_of_ours_is_on_the_dashboard_or_left_out_on_purpose(
         "wicore_kv_cache_largest_free_bytes": "fragmentation",
         "wicore_kv_cache_lookups": "tokens are shown",
         "wicore_kv_cache_moves": "bytes are shown",
+        "wicore_kv_cache_lost": "what was lost is a miss, and misses are shown",
+        "wicore_kv_cache_failed_moves": "what they lead to is shown",
         "wicore_kv_cache_bytes_per_second": "what links can, not what they do",
     }
     text = " ".join(queries())

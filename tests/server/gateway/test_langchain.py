@@ -16,7 +16,7 @@ from builders.demo.evaluate import sample_picture
 from client import Client
 from client.server.gateway import Gateway
 from tests.server.gateway.conftest import MODEL
-from tests.server.gateway.test_abuse import running, wait_for
+from tests.server.gateway.test_abuse import wait_for
 from tests.server.gateway.test_openai_sdk import data_url
 
 
@@ -103,7 +103,7 @@ async def leave_a_stream(gateway: Gateway, http: httpx.Client) -> None:
         chat = chat_at(gateway, max_tokens=5000, http_async_client=connections, extra_body=body)
         async with aclosing(chat.astream("Hi")) as stream:
             await anext(stream)
-            assert running(http) == 1
+            wait_for(http, 1)
 
 
 def test_who_leaves_an_async_stream_is_stopped_in_the_engine(gateway: Gateway, http: httpx.Client) -> None:
