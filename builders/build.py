@@ -262,8 +262,9 @@ def _write_gpu(checkpoint: Checkpoint, target: Path, options: Options, build_id:
         if plans:
             reporter.begin("plan vision", vision_bytes)
             plans.vision(checkpoint, folder)
+            return
         reporter.begin("vision encoder", vision_bytes)
-        # Where Triton does not run the tower's plan by itself, the stage runs the tower on the CPU.
+        # The tower without a plan runs on the CPU.
         write_vision_encoder(checkpoint, Precision.of("fp32" if options.precision.name == "fp32" else "int8"), folder)
 
 

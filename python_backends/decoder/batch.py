@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from python_backends.decoder.scheduler import Row, Step
 from python_backends.decoder.sequence import ActiveSequence
-from python_backends.runtime.base import DecoderSpec, StepInputs
+from python_backends.runtime.base import DecoderSpec, StepInputs, idle_inputs
 
 Sequences = Mapping[int, ActiveSequence]
 
@@ -43,7 +43,7 @@ def make_inputs(
     if step.kind == "decode" and is_even:
         width = max(2, width)  # a row that cannot be filled up is the same beside any others
     wanted = max(_wanted(row, sequences[row.sequence_id]) for row in step.rows)
-    inputs = _idle(first, size, width, wanted)
+    inputs = idle_inputs(first, size, width, wanted)
     for row in step.rows:
         index = row.slot - first
         sequence, chunk = sequences[row.sequence_id], chunks[index]
@@ -88,22 +88,6 @@ def _wanted(row: Row, sequence: ActiveSequence) -> int:
 def _top_n(sequence: ActiveSequence) -> int:
     parameters = sequence.request.parameters
     return max(parameters.logprobs or 0, parameters.prompt_logprobs or 0)
-
-
-def _idle(first_slot: int, size: int, width: int, wanted: int) -> StepInputs:
-    """Greedy and idle in every row."""
-    return StepInputs(
-        first_slot=first_slot,
-        input_ids=np.zeros((size, width), np.int32),
-        past_len=np.zeros(size, np.int32),
-        query_len=np.zeros(size, np.int32),
-        logit_positions=np.zeros((size, wanted), np.int32),
-        temperature=np.zeros(size, np.float32),
-        top_k=np.zeros(size, np.int32),
-        top_p=np.ones(size, np.float32),
-        min_p=np.zeros(size, np.float32),
-        uniform=np.full((size, wanted), 0.5, np.float32),
-    )
 
 
 def _fill_sampling(inputs: StepInputs, index: int, end: int, sequence: ActiveSequence) -> None:

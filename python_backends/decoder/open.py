@@ -93,7 +93,7 @@ def _fingerprint(manifest: Manifest, config: Config) -> str:
     else:
         from python_backends.runtime.gpu.compile import sources_hash
 
-        kernels = f"{manifest.runtime}-{sources_hash()}"
+        kernels = f"{manifest.runtime}-{sources_hash()}/{config.enable_kernel_fusion}"
     return f"{manifest.fingerprint}/{manifest.source}/{kernels}"
 
 

@@ -10,11 +10,10 @@ from contextlib import closing
 
 from python_backends.errors import InternalError
 from python_backends.kv.admission import Admission
+from python_backends.kv.backoff import Backoff
 from python_backends.kv.blocks import EntryId, EntryKey, MissReason, Move, MoveReason, Tier
 from python_backends.kv.counters import Counters
 from python_backends.kv.entries import BIT, FASTEST, Entry, EntryTable, TierBook
-
-FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 
 
 class Moves:
@@ -36,8 +35,7 @@ class Moves:
         """Payloads whose bytes are given up but which the caller has not dropped yet: nothing may be put there."""
         self._unsaved: dict[Entry, None] = {}
         """Pinned entries that may lack a copy on the slowest tier."""
-        self._backoff: dict[Tier, tuple[float, float]] = {}
-        """After a failed write: no planned move to that tier before (time), and the next pause (seconds)."""
+        self._backoff = Backoff()
 
     def is_dropping(self, entry_id: EntryId, tier: Tier) -> bool:
         """Whether an earlier payload of that entry still waits to be dropped there."""
@@ -223,7 +221,7 @@ class Moves:
     def _plan_saves(self, now: float, limit: int) -> list[Move]:
         """Copies of pinned entries on the slowest tier, so that a session outlives this process."""
         last = self._table.books[-1]
-        if not self._unsaved or self._paused(last, now):
+        if not self._unsaved or self._backoff.is_paused(last.tier, now):
             return []
         moves: list[Move] = []
         for entry in list(self._unsaved):
@@ -257,7 +255,7 @@ class Moves:
         moves: list[Move] = []
         surplus = book.used - limits.low * limits.limit_bytes
         wanted_below = 0
-        paused = self._paused(below, now)
+        paused = self._backoff.is_paused(below.tier, now)
         with closing(self._runs(book, now)) as victims:
             for entry in victims:
                 if surplus <= 0 or len(moves) >= limit:
@@ -334,9 +332,6 @@ class Moves:
         """It is pinned now."""
         self._unsaved[entry] = None
 
-    def _paused(self, book: TierBook, now: float) -> bool:
-        return now < self._backoff.get(book.tier, (0.0, 0.0))[0]
-
     # -- carrying out ------------------------------------------------------------------------------------------------
     def begin(self, move: Move, now: float) -> bool:
         """See `KvManager.begin`."""
@@ -371,7 +366,7 @@ class Moves:
         self.end_drop(move)
         if move.target is None:
             return drops
-        self._note_write(move.target, now, ok=ok)
+        self._backoff.note(move.target, now, ok=ok)
         entry = self._table.get(move.key.id)
         if entry is None or entry.moving != move:
             raise InternalError(f"a move {move.source}>{move.target} ended that had not begun")
@@ -384,13 +379,6 @@ class Moves:
             drops.append((move.key, move.source))
         self._table.place(entry, held, 0, now, reason="evicted" if entry.held else "lost", evicted=True)
         return drops
-
-    def _note_write(self, target: Tier, now: float, *, ok: bool) -> None:
-        if ok:
-            self._backoff.pop(target, None)
-        else:
-            pause = self._backoff.get(target, (0.0, FIRST_BACKOFF_S))[1]
-            self._backoff[target] = (now + pause, min(2 * pause, MAX_BACKOFF_S))
 
     # -- erasing -----------------------------------------------------------------------------------------------------
     def doom(self, entry: Entry) -> None:

@@ -140,6 +140,22 @@ class StepInputs:
     """Tokens of a block whose attention mass is wanted; 0 for none."""
 
 
+def idle_inputs(first_slot: int, rows: int, width: int, wanted: int) -> StepInputs:
+    """A greedy step of ``rows`` idle rows of ``width`` positions, of which ``wanted`` would have logits."""
+    return StepInputs(
+        first_slot=first_slot,
+        input_ids=np.zeros((rows, width), np.int32),
+        past_len=np.zeros(rows, np.int32),
+        query_len=np.zeros(rows, np.int32),
+        logit_positions=np.zeros((rows, wanted), np.int32),
+        temperature=np.zeros(rows, np.float32),
+        top_k=np.zeros(rows, np.int32),
+        top_p=np.ones(rows, np.float32),
+        min_p=np.zeros(rows, np.float32),
+        uniform=np.full((rows, wanted), 0.5, np.float32),
+    )
+
+
 @dataclass
 class StepOutputs:
     """What leaves the device."""

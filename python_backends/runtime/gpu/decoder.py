@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,10 +130,14 @@ class GpuDecoder:
             return join_rows([self._step(single_row(inputs, row), want_logits) for row in range(rows)])
         return self._step(inputs, want_logits)
 
-    def launches(self, bucket: Bucket) -> list[Launch]:
-        """The kernels of a bucket's steps."""
-        layout = StepLayout(bucket, self.program.mask_words)
-        steps = [*self.program.layers(bucket, layout), *self.program.head(bucket, layout)]
+    def launches(self, buckets: Collection[Bucket]) -> list[Launch]:
+        """The kernels of the steps of some buckets; those of layers that several share, once."""
+        words = self.program.mask_words
+        steps: list[Launch | Operation] = []
+        for body in {bucket.body for bucket in buckets}:
+            steps += self.program.layers(body, StepLayout(body, words))
+        for bucket in buckets:
+            steps += self.program.head(bucket, StepLayout(bucket, words))
         return [step for step in steps if isinstance(step, Launch)]
 
     def _step(self, inputs: StepInputs, want_logits: bool) -> StepOutputs:
@@ -279,7 +283,9 @@ class GpuDecoder:
     def close(self) -> None:
         """Free everything on the device."""
         self._device.activate()
+        self._device.synchronize()
         self.recordings.clear()
+        self.products.close()
         self._device.close()
 
 

@@ -52,8 +52,7 @@ def open_decoder(manifest: Manifest, config: Config) -> GpuDecoder:
         block = config.kv_block_tokens if config.enable_hmt else 0
         compile_all = functools.partial(device.compile_all, progress=_Progress())
         recordings = warm_up(decoder, compile_all, chunk=config.prefill_chunk, attention_block=block)
-        if isinstance(decoder.products, PlanProducts):
-            decoder.products.save()
+        decoder.products.save()
     except BaseException:
         device.close()
         raise

@@ -8,13 +8,12 @@ from typing import Protocol
 
 from python_backends.manifest import ModelShape
 from python_backends.runtime.gpu.device_weights import DeviceWeights
-from python_backends.runtime.gpu.launch import Device, Launch, Operation, Tensor
+from python_backends.runtime.gpu.launch import Device, Operation, Tensor
 from python_backends.runtime.gpu.plan_execution import PlanRunner
 from python_backends.runtime.gpu.plans import BETWEEN, FIRST, LAST, PIECES, SIGNED_INT4, Plan, PlanIndex
-from python_backends.runtime.gpu.program import Products
+from python_backends.runtime.gpu.program import Products, Step
 from python_backends.runtime.gpu.weights import Names
 
-Step = Launch | Operation
 _OF_NEXT_LAYER = frozenset((Names.INPUT_NORM, Names.QKV, Names.scale(Names.QKV)))
 
 

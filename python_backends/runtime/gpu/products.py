@@ -84,6 +84,12 @@ class KernelProducts:
         head = self._weights.matrix(name, self._model.hidden_size)
         return list(linear.product(head, normed, logits, capability=self._capability))
 
+    def save(self) -> None:
+        """See `Products.save`: kernels are kept where they are compiled."""
+
+    def close(self) -> None:
+        """See `Products.close`: all of it is the device's."""
+
     def _qkv_product(self, layer: int, tokens: int, x: Activations) -> tuple[list[Step], Tensor]:
         return self._product(self._matrix(layer, Names.QKV, self._model.hidden_size), x, self._qkv, tokens)
 

@@ -62,6 +62,14 @@ class Products(Protocol):
         """Rows [R, D] → float32 [R, V]."""
         ...
 
+    def save(self) -> None:
+        """Keep what was compiled while the steps were recorded."""
+        ...
+
+    def close(self) -> None:
+        """Free what is not the device's memory; nothing that was issued may still run."""
+        ...
+
 
 @dataclass(frozen=True)
 class Results:

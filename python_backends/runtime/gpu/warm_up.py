@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from python_backends.runtime.base import StepInputs
+from python_backends.runtime.base import StepInputs, idle_inputs
 from python_backends.runtime.gpu.decoder import GpuDecoder
-from python_backends.runtime.gpu.inputs import DECODE_POSITIONS, bucket_of
+from python_backends.runtime.gpu.inputs import DECODE_POSITIONS, SMALLEST_CHUNK, bucket_of
 from python_backends.runtime.gpu.launch import Launch
-
-SMALLEST_CHUNK = 64
 
 Compile = Callable[[list[Launch]], object]
 
@@ -34,7 +32,7 @@ def warm_up(decoder: GpuDecoder, compile_all: Compile, *, chunk: int, attention_
         How many recordings there are.
     """
     steps = list(_usual_steps(decoder, chunk, attention_block))
-    compile_all([launch for step in steps for launch in decoder.launches(bucket_of(step))])
+    compile_all(decoder.launches({bucket_of(step) for step in steps}))
     for step in steps:
         decoder.step(step)
     return len(decoder.recordings)
@@ -56,19 +54,9 @@ def _usual_steps(decoder: GpuDecoder, chunk: int, attention_block: int) -> Itera
 
 def _idle(rows: int, width: int, *, wanted: int, mass: int, random: bool, hidden_size: int = 0) -> StepInputs:
     """A step of idle rows: it runs every kernel and changes nothing."""
-    inputs = StepInputs(
-        first_slot=0,
-        input_ids=np.zeros((rows, width), np.int32),
-        past_len=np.zeros(rows, np.int32),
-        query_len=np.zeros(rows, np.int32),
-        logit_positions=np.zeros((rows, wanted), np.int32),
-        temperature=np.full(rows, float(random), np.float32),
-        top_k=np.zeros(rows, np.int32),
-        top_p=np.ones(rows, np.float32),
-        min_p=np.zeros(rows, np.float32),
-        uniform=np.full((rows, wanted), 0.5, np.float32),
-        attention_block=mass,
-    )
+    inputs = idle_inputs(0, rows, width, wanted)
+    inputs.attention_block = mass
+    inputs.temperature[:] = random
     if hidden_size:
         inputs.image_features = np.zeros((1, hidden_size), np.float32)
         inputs.image_index = np.full((rows, width), -1, np.int32)

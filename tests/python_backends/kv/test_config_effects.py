@@ -125,10 +125,10 @@ def test_a_salt_takes_no_more_than_its_quota():
 
 @pytest.mark.effect("prefetch_size")
 def test_so_many_tokens_are_brought_up_from_the_disk(tmp_path):
-    """After a restart, what is kept is on the disk alone."""
+    """After a restart, what is kept is on the disk alone: by LRU that is the first prompt, whatever it took."""
 
     def cached(folder, **keys):
-        place = {"nvme_path": str(tmp_path / folder), "nvme_memory_gb": 0.05}
+        place = {"nvme_path": str(tmp_path / folder), "nvme_memory_gb": 0.05, "hmt_eviction_policy": "lru"}
         engine, cache = opened(**place)
         alone(engine, prompt(1, 300), max_tokens=2)
         for seed in range(2, 60):
