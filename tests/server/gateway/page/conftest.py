@@ -23,7 +23,7 @@ from client.server import Server
 from client.server.gateway import Gateway
 from python_backends.config import Config
 from tests.server.conftest import options_for
-from tests.server.gateway.conftest import MODEL
+from tests.server.gateway.conftest import MODEL, run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
@@ -83,6 +83,12 @@ def client(server: Server) -> Iterator[Client]:
 def settings(server: Server, tiered: Path) -> GatewaySettings:
     """Free port."""
     return GatewaySettings(tiered, MODEL, triton=server.addresses.grpc, port=0, config=Config(drain_s=5))
+
+
+@pytest.fixture(scope="session")
+def gateway(settings: GatewaySettings) -> Iterator[Gateway]:
+    """Of its own: one that is shared would stay before this server for the tests elsewhere, too."""
+    yield from run(settings)
 
 
 @pytest.fixture
