@@ -60,6 +60,11 @@ class Intake:
         """Sequences that the scheduler does not know yet."""
         return (each.sequence_id for forks in self._forks.values() for each in forks)
 
+    @property
+    def num_waiting(self) -> int:
+        """How many they are; each will want a place in the queue."""
+        return sum(map(len, self._forks.values()))
+
     def queue(self, sequences: list[ActiveSequence], hit: Hit | None) -> None:
         """Queue the answers of one request: all at once, or the first, and the others when the prompt is computed."""
         first, *others = sequences

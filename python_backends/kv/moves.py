@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 
 from python_backends.errors import InternalError
 from python_backends.kv.admission import Admission
+from python_backends.kv.backoff import Backoff
 from python_backends.kv.blocks import EntryId, EntryKey, MissReason, Move, MoveReason, Tier
 from python_backends.kv.counters import Counters
-from python_backends.kv.entries import BIT, Entry, EntryTable, TierBook
-
-FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
+from python_backends.kv.entries import BIT, FASTEST, Entry, EntryTable, TierBook
 
 
 class Moves:
@@ -34,8 +35,7 @@ class Moves:
         """Payloads whose bytes are given up but which the caller has not dropped yet: nothing may be put there."""
         self._unsaved: dict[Entry, None] = {}
         """Pinned entries that may lack a copy on the slowest tier."""
-        self._backoff: dict[Tier, tuple[float, float]] = {}
-        """After a failed write: no planned move to that tier before (time), and the next pause (seconds)."""
+        self._backoff = Backoff()
 
     def is_dropping(self, entry_id: EntryId, tier: Tier) -> bool:
         """Whether an earlier payload of that entry still waits to be dropped there."""
@@ -107,20 +107,38 @@ class Moves:
                     yield victim
 
     def _runs(self, book: TierBook, now: float) -> Generator[Entry]:
-        """Victims that stay where they are while more are chosen, so each is followed by its ancestors of the same
-        newest visit: what came together goes together, deepest first."""
+        """Victims that stay where they are while more are chosen: an ancestor takes its place among the others as soon
+        as it would be a leaf without those given before it."""
         given: set[Entry] = set()
+        exposed: list[tuple[tuple[float, ...], int, Entry]] = []
         with closing(self._victims(book, now)) as victims:
-            for leaf in victims:
-                entry: Entry | None = leaf
-                while entry is not None and entry not in given:
-                    yield entry
-                    given.add(entry)
-                    parent = self._table.get(entry.key.parent)
-                    alone = parent is not None and sum(parent.near[: book.index + 1]) <= 1
-                    together = alone and parent is not None and parent.visit is leaf.visit
-                    held = together and parent is not None and parent.held & book.bit and self._is_free(parent)
-                    entry = parent if held else None
+            leaf = next(victims, None)
+            while leaf is not None or exposed:
+                if leaf is not None and (not exposed or self._rank(leaf, book, now) < exposed[0][0]):
+                    entry, leaf = leaf, next(victims, None)
+                else:
+                    entry = heapq.heappop(exposed)[2]
+                if entry in given:
+                    continue
+                yield entry
+                given.add(entry)
+                parent = self._table.get(entry.key.parent)
+                if parent is not None and self._would_be_leaf(parent, book, given):
+                    heapq.heappush(exposed, (book.policy.rank(parent, now), len(given), parent))
+
+    def _rank(self, entry: Entry, book: TierBook, now: float) -> tuple[float, ...]:
+        """Orphans stand in front of all others."""
+        return (-math.inf,) if entry in self._table.orphans else book.policy.rank(entry, now)
+
+    def _would_be_leaf(self, entry: Entry, book: TierBook, given: set[Entry]) -> bool:
+        """Whether it is a victim of the tier once the entries of ``given`` have left."""
+        if not entry.held & book.bit or not self._is_free(entry):
+            return False
+        near = sum(entry.near[: book.index + 1])
+        if near <= 1:  # the one just given
+            return True
+        children = self._table.children(entry.key.id).values()
+        return all(child in given for child in children if FASTEST[child.present] <= book.index)
 
     @staticmethod
     def _is_free(entry: Entry) -> bool:
@@ -203,7 +221,7 @@ class Moves:
     def _plan_saves(self, now: float, limit: int) -> list[Move]:
         """Copies of pinned entries on the slowest tier, so that a session outlives this process."""
         last = self._table.books[-1]
-        if not self._unsaved or self._paused(last, now):
+        if not self._unsaved or self._backoff.is_paused(last.tier, now):
             return []
         moves: list[Move] = []
         for entry in list(self._unsaved):
@@ -237,7 +255,7 @@ class Moves:
         moves: list[Move] = []
         surplus = book.used - limits.low * limits.limit_bytes
         wanted_below = 0
-        paused = self._paused(below, now)
+        paused = self._backoff.is_paused(below.tier, now)
         with closing(self._runs(book, now)) as victims:
             for entry in victims:
                 if surplus <= 0 or len(moves) >= limit:
@@ -314,9 +332,6 @@ class Moves:
         """It is pinned now."""
         self._unsaved[entry] = None
 
-    def _paused(self, book: TierBook, now: float) -> bool:
-        return now < self._backoff.get(book.tier, (0.0, 0.0))[0]
-
     # -- carrying out ------------------------------------------------------------------------------------------------
     def begin(self, move: Move, now: float) -> bool:
         """See `KvManager.begin`."""
@@ -351,7 +366,7 @@ class Moves:
         self.end_drop(move)
         if move.target is None:
             return drops
-        self._note_write(move.target, now, ok=ok)
+        self._backoff.note(move.target, now, ok=ok)
         entry = self._table.get(move.key.id)
         if entry is None or entry.moving != move:
             raise InternalError(f"a move {move.source}>{move.target} ended that had not begun")
@@ -364,13 +379,6 @@ class Moves:
             drops.append((move.key, move.source))
         self._table.place(entry, held, 0, now, reason="evicted" if entry.held else "lost", evicted=True)
         return drops
-
-    def _note_write(self, target: Tier, now: float, *, ok: bool) -> None:
-        if ok:
-            self._backoff.pop(target, None)
-        else:
-            pause = self._backoff.get(target, (0.0, FIRST_BACKOFF_S))[1]
-            self._backoff[target] = (now + pause, min(2 * pause, MAX_BACKOFF_S))
 
     # -- erasing -----------------------------------------------------------------------------------------------------
     def doom(self, entry: Entry) -> None:

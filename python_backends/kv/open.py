@@ -35,6 +35,8 @@ def open_cache(
     fingerprint: str,
     config: Config,
     memory_limit: int,
+    *,
+    device_share: float = DEVICE_SHARE,
     allocate: Callable[[int], Memory] = plain_memory,
 ) -> KvCache | None:
     """The cache that a configuration asks for; None where memory does not suffice.
@@ -44,15 +46,17 @@ def open_cache(
         fingerprint: what else the KV depends on: weights, precision, kernels.
         config: the ``hmt_…``, ``kv_…`` and ``nvme_…`` keys.
         memory_limit: bytes for the tiers in memory together.
-        allocate: where their memory comes from; a runtime on a GPU gives `memory.pinned_memory`, which its copies
-            reach at full speed.
+        device_share: of them for the device tier; with 0 there is none.
+        allocate: where they come from; page-locked for a runtime whose slots are on a GPU.
 
     Raises:
         ConfigError: no such policy, an NVMe limit that is too small, or a precision that the layout cannot be kept in.
     """
     largest = layout.largest_tail_bytes
-    device_bytes = int(memory_limit * DEVICE_SHARE)
-    if device_bytes < FEWEST_TAILS * largest:
+    sizes: dict[Tier, int] = {"device": int(memory_limit * device_share)}
+    sizes["host"] = memory_limit - sizes["device"]
+    sizes = {tier: size for tier, size in sizes.items() if size}
+    if min(sizes.values(), default=0) < FEWEST_TAILS * largest:
         log.warning(
             "no KV cache: %.3g GB of memory do not hold %d entries of %.3g GB; raise cpu_memory_gb or kv_cache_share",
             memory_limit / 1e9,
@@ -64,10 +68,8 @@ def open_cache(
     rounded = {config.kv_host_precision, config.kv_nvme_precision} != {"as-is"}
     if rounded:
         fingerprint += f"/host-{config.kv_host_precision}/nvme-{config.kv_nvme_precision}"
-    alignment = alignment_for(layout.block_bytes)
     memory: dict[Tier, MemoryStore] = {
-        "device": Arena("device", device_bytes, alignment=alignment, allocate=allocate),
-        "host": _open_host(layout, config, memory_limit - device_bytes, allocate),
+        tier: _open_memory(tier, size, layout, config, allocate) for tier, size in sizes.items()
     }
     stores: dict[Tier, TierStore] = {**memory}
     nvme = _open_nvme(layout, fingerprint, config, largest)
@@ -100,12 +102,12 @@ def open_cache(
     )
 
 
-def _open_host(
-    layout: KvLayout, config: Config, limit_bytes: int, allocate: Callable[[int], Memory]
+def _open_memory(
+    tier: Tier, limit_bytes: int, layout: KvLayout, config: Config, allocate: Callable[[int], Memory]
 ) -> Arena | CodedArena:
-    codec = make_codec(config.kv_host_precision, layout.dtype)
+    codec = make_codec(config.kv_host_precision, layout.dtype) if tier == "host" else None
     block = layout.block_bytes if codec is None else codec.stored_bytes(layout.block_bytes)
-    arena = Arena("host", limit_bytes, alignment=alignment_for(block), allocate=allocate)
+    arena = Arena(tier, limit_bytes, alignment=alignment_for(block), allocate=allocate)
     return arena if codec is None else CodedArena(arena, codec, layout.block_bytes)
 
 

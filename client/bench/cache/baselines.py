@@ -117,6 +117,10 @@ class _Queues:
         """See `Policy`."""
         self._leaves.add(entry)
 
+    def rank(self, entry: BlockStats, now: float) -> Score:
+        """None: queues only."""
+        return ()
+
     def check_integrity(self, entries: set[BlockStats], leaves: set[BlockStats]) -> None:
         """See `Policy`."""
         if self._leaves != leaves:

@@ -20,17 +20,9 @@ def tails(
     wicore bench tails --workload agents
     """
     from client.bench.cache.tails import CHOICES, replay, tails_text
-    from client.bench.cache.workloads import GENERATORS, conversation_trace
-    from python_backends.errors import InvalidParameterError
+    from client.bench.cache.workloads import read_workload
 
-    if workload != "conversation" and workload not in GENERATORS:
-        known = ", ".join(["conversation", *GENERATORS])
-        raise InvalidParameterError(f"there is no workload {workload!r}; choose among {known}")
-    if trace is not None:
-        requests, source = conversation_trace(trace), str(trace)
-    else:
-        requests = conversation_trace() if workload == "conversation" else GENERATORS[workload](seed)
-        source = workload
+    requests, source = read_workload(workload, trace, seed)
     status = Status()
     outcomes = []
     for name in CHOICES:

@@ -53,6 +53,10 @@ class A2CR(Leaves):
             worth *= mass ** (MASS_EXPONENT * math.exp(-self._decay * age))
         return worth
 
+    def rank(self, entry: BlockStats, now: float) -> tuple[float, ...]:
+        """See `Policy`."""
+        return (self.worth(entry, now), -entry.key.position)
+
     def on_expose(self, entry: BlockStats, now: float) -> None:
         """See `Policy`."""
         super().on_expose(entry, now)

@@ -86,6 +86,11 @@ class Policy(Protocol):
         """
         ...
 
+    def rank(self, entry: BlockStats, now: float) -> tuple[float, ...]:
+        """Where an entry of the tier would stand among its victims, were it a leaf: lower ones leave first. Empty
+        where the policy has no such measure: then a parent leaves right after its last child."""
+        ...
+
     def check_integrity(self, entries: set[BlockStats], leaves: set[BlockStats]) -> None:
         """Raises InternalError where the policy's structures disagree with the tier's entries and leaves."""
         ...

@@ -72,6 +72,10 @@ class LeafHeap(Leaves, ABC):
     def score(self, entry: BlockStats, now: float) -> Score:
         """The lowest leaves first. May only change by an access, or where the policy asks for `rescore`."""
 
+    def rank(self, entry: BlockStats, now: float) -> Score:
+        """See `Policy`."""
+        return self.score(entry, now)
+
     def rescore(self) -> None:
         """Ask for every score anew, before the next victim."""
         self._fresh.update(dict.fromkeys(self._scored))

@@ -66,8 +66,8 @@ def demote(cache: KvCache, keys: tuple[EntryKey, ...], source: Tier, target: Tie
     for key in keys:
         move = Move(key, source, target, "demote")
         with cache.lock:
-            assert cache._begun([move]) == [move]
-        cache._run(move, 0, 60.0, inline=True)
+            assert cache._carrier.begin([move]) == [move]
+        cache._carrier.run(move, 0, 60.0, inline=True)
         assert cache._stores[target].contains(key)
         assert not cache._stores[source].contains(key)
 

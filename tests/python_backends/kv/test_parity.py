@@ -75,5 +75,5 @@ def test_from_every_tier_at_every_boundary_a_request_ends_as_the_whole_run(kept,
         cache.check_integrity()
         with cache.lock:
             for move in cache._manager.erase(keys, 0.0):
-                cache._finish(move, None)
+                cache._carrier.finish(move, None)
     cache.close()
