@@ -13,9 +13,9 @@ from typing import Any
 
 from client.bench.machine import cores, processor, versions
 from client.bench.report import columns
-from python_backends.config import Config
+from python_backends.config import KV_PRECISIONS, Config
 from python_backends.decoder.engine import Engine
-from python_backends.kv.tiers.codec import PRECISIONS, Codec, make_codec
+from python_backends.kv.tiers.codec import Codec, make_codec
 from python_backends.manifest import Manifest
 from python_backends.runtime.base import DecoderRuntime
 
@@ -62,7 +62,7 @@ def measure(repository: Path, checkpoint: Path, conversations: int, seed: int, r
     """
     found: dict[str, Any] = {}
     exact: list[str] = []
-    for precision in PRECISIONS:
+    for precision in KV_PRECISIONS:
         report(f"{precision} …")
         found[precision], answers = _judge(repository, checkpoint, precision, conversations, seed)
         exact = exact or answers

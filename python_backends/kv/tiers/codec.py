@@ -15,7 +15,6 @@ from python_backends.errors import ConfigError
 GROUP = 32
 """Elements with a scale of their own; lies within one head of one token in every Gemma 3."""
 _LARGEST = float(np.finfo(np.float16).max)
-PRECISIONS = ("as-is", "int8", "int4")
 
 
 class Codec(Protocol):
