@@ -37,13 +37,20 @@ class Rounded:
         return getattr(self._runtime, name)
 
     def import_blocks(
-        self, slot: int, blocks: Sequence[memoryview], tail: memoryview, length: int, *, keep: int | None = None
+        self,
+        slot: int,
+        blocks: Sequence[memoryview],
+        tail: memoryview,
+        length: int,
+        *,
+        keep: int | None = None,
+        computed: int = 0,
     ) -> None:
         """See `DecoderRuntime.import_blocks`."""
         began = time.perf_counter()
         *found, last = [self._rounded(payload) for payload in (*blocks, tail)]
         self.seconds += time.perf_counter() - began
-        self._runtime.import_blocks(slot, found, last, length, keep=keep)
+        self._runtime.import_blocks(slot, found, last, length, keep=keep, computed=computed)
 
     def _rounded(self, payload: memoryview) -> memoryview:
         self.num_bytes += payload.nbytes

@@ -92,6 +92,15 @@ class Intake:
                 fork.state = state
                 self._add(fork, computed=computed)
 
+    def meet(self, sequence: ActiveSequence, slot: int, computed: int) -> None:
+        """A step ended with so many tokens in the slot: what was loaded meanwhile may be put behind them. Without the
+        lock."""
+        reached = self._reuse.meet(sequence, slot, computed)
+        if reached > computed:
+            with self._changed:
+                self._scheduler.advance(sequence.sequence_id, reached)
+            self.share(sequence.sequence_id, slot, reached)
+
     def compute_all(self, sequence: ActiveSequence) -> None:
         """What a sequence was to have in its slot is lost: off the slot, and from the beginning. Without the lock."""
         with self._changed:
@@ -113,8 +122,13 @@ class Intake:
         self._encoder.shutdown(cancel_futures=True)
 
     def _add_found(self, sequence: ActiveSequence, hit: Hit | None, boundaries: Sequence[int]) -> None:
-        """Queue a sequence of which the cache may hold something; on hold until that is in memory."""
-        self._add(sequence, (*boundaries, *self._reuse.boundaries(sequence)), held=True)
+        """Queue a sequence of which the cache may hold something; on hold until that is in memory, but where it is to
+        compute meanwhile (`meet`)."""
+        boundaries = (*boundaries, *self._reuse.boundaries(sequence))
+        if hit is not None and (meets_at := hit.meets_at):
+            self._add(sequence, (*boundaries, meets_at))
+            return
+        self._add(sequence, boundaries, held=True)
         if hit is None or not hit.when_loaded(lambda: self._found(sequence)):
             self._found(sequence)
 

@@ -258,7 +258,14 @@ class GpuDecoder:
         self.kv.export(self.kv.tail(slot, length), into)
 
     def import_blocks(
-        self, slot: int, blocks: Sequence[memoryview], tail: memoryview, length: int, *, keep: int | None = None
+        self,
+        slot: int,
+        blocks: Sequence[memoryview],
+        tail: memoryview,
+        length: int,
+        *,
+        keep: int | None = None,
+        computed: int = 0,
     ) -> None:
         """See `DecoderRuntime.import_blocks`. Pages hold tokens by their position: ``keep`` changes nothing.
 
@@ -266,12 +273,15 @@ class GpuDecoder:
             InternalError: no such slot, or buffers that do not add up; the slot's tokens are undefined then.
         """
         size, kept = self.kv_layout.block_tokens, length if keep is None else keep
-        if len(blocks) != length // size or not max(0, length - 1) <= kept <= length:
-            raise InternalError(f"{len(blocks)} blocks of {size} tokens for {kept} of {length} tokens")
+        first = computed // size
+        if len(blocks) != length // size - first or not max(computed, length - 1) <= kept <= length:
+            raise InternalError(
+                f"{len(blocks)} blocks of {size} tokens for {kept} of {length} tokens behind {computed} computed"
+            )
         self._device.activate()
         tail_pieces = self.kv.tail(slot, length)  # checked before anything is reserved
         self.kv.reserve([(slot, length)])
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(blocks, first):
             self.kv.import_(self.kv.block(slot, index * size), block)
         tail_pieces = self.kv.tail(slot, length)
         self.kv.import_(tail_pieces, tail)

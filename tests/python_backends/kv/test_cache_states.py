@@ -37,7 +37,8 @@ class Checked:
     def __init__(self, keys):
         self.keys = keys
 
-    def import_blocks(self, slot, blocks, tail, length, *, keep):
+    def import_blocks(self, slot, blocks, tail, length, *, keep, computed):
+        assert computed == 0
         assert [bytes(payload(key)) for key in self.keys] == [bytes(each) for each in (*blocks, tail)]
         assert length == self.keys[-1].position
         assert length - 1 <= keep <= length
