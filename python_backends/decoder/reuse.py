@@ -120,7 +120,7 @@ class Reuse:
         if reused is None or (hit := reused.hit) is None or (when := hit.meeting(computed)) == "later":
             return computed
         if when == "never":
-            self.give_up(sequence)
+            self.give_up(sequence, "in_flight" if hit.length else "lost")
             return computed
         return hit.length if self.load(sequence, slot, computed) else computed
 
@@ -141,12 +141,12 @@ class Reuse:
         hit.release()
         return loaded
 
-    def give_up(self, sequence: ActiveSequence) -> None:
-        """Nothing will be loaded (any more)."""
+    def give_up(self, sequence: ActiveSequence, missed: str | None = None) -> None:
+        """Nothing will be loaded (any more); ``missed``: why, where the look-up does not know it."""
         if sequence.reused is not None and sequence.reused.hit is not None:
             hit, sequence.reused.hit = sequence.reused.hit, None
-            sequence.cached = CachedTokens({}, hit.missed)
-            hit.cache.count({}, sequence.prompt_length, hit.missed)
+            sequence.cached = CachedTokens({}, hit.missed if missed is None else missed)
+            hit.cache.count({}, sequence.prompt_length, sequence.cached.missed)
             sequence.reused.visit = sequence.reused.visit or hit.cache.touch(())
             hit.release()
 
