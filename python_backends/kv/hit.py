@@ -113,8 +113,9 @@ class Hit:
         if complete:
             then()
         else:
-            # What is computed beside cannot begin anew with another beginning: then it goes on alone.
+            # Who computes meanwhile cannot begin anew with another beginning, and goes on alone; who waits goes on waiting.
             self._tries = 0 if self.meets_at else self._tries - 1
+            self._beside = False
             self._try(self.match.length - 1 if self._tries else 0)
 
     def _keys_behind(self, computed: int) -> tuple[EntryKey, ...]:

@@ -85,6 +85,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.done[chosen] = 0
             self.held.add(chosen)
 
+    @rule(slot=st.integers(0, SLOTS - 1), further=st.integers(1, 20))
+    def advance(self, slot, further):
+        """What a prompt lacked is put behind what it has computed."""
+        chosen = self.slots.get(slot)
+        at = self.done.get(chosen, 0) + further
+        if not any(a < at < b for a, b in self.spans.get(chosen, [(-1, at + 1)])) and at < self.prompt[chosen]:
+            self.scheduler.advance(chosen, at)
+            self.done[chosen] = at
+
     @rule(data=st.data())
     def remove(self, data):
         known = sorted(self.done)
