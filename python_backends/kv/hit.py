@@ -113,7 +113,7 @@ class Hit:
         if complete:
             then()
         else:
-            # Who computes meanwhile cannot begin anew with another beginning, and goes on alone; who waits goes on waiting.
+            # Who computes meanwhile cannot begin anew with another beginning; who waits goes on waiting.
             self._tries = 0 if self.meets_at else self._tries - 1
             self._beside = False
             self._try(self.match.length - 1 if self._tries else 0)

@@ -78,25 +78,25 @@ class GroupCodec:
 
     def _encode(self, given: NDArray[Any], ends: NDArray[np.float16], integers: NDArray[np.uint8]) -> None:
         values = np.zeros((len(ends), GROUP), np.float32)
-        values.reshape(-1)[: given.size] = given
-        least, greatest = values.min(1), values.max(1)
+        values.reshape(-1)[: given.size] = _widened(given) if self._dtype == np.float16 else given
+        across = np.ascontiguousarray(values.T)  # along groups of 32 numpy compares one by one
+        least, greatest = across.min(0), across.max(0)
         if min(least.min(), -greatest.max()) < -_LARGEST:
-            np.clip(values, -_LARGEST, _LARGEST, out=values)
-            least, greatest = values.min(1), values.max(1)
-        levels = 2**self.bits - 1
+            for array in (values, least, greatest):
+                np.clip(array, -_LARGEST, _LARGEST, out=array)
         # The ends as they are stored, outwards where they had to be rounded: no value is below 0 or above all levels.
-        ends[:, 0] = _rounded(least, -np.inf)
+        ends[:, 0] = _rounded_down(least)
         least = ends[:, 0].astype(np.float32)
-        ends[:, 1] = _rounded((greatest - least) / levels, np.inf)
+        ends[:, 1] = -_rounded_down((least - greatest) / (2**self.bits - 1))
         step = ends[:, 1].astype(np.float32)
         values -= least[:, None]
         values *= (1 / np.where(step > 0, step, np.float32(1)))[:, None]
         values += np.float32(0.5)
-        if self.bits == 8:
-            np.copyto(integers, values, casting="unsafe")
-        else:
-            pairs = values.astype(np.uint8).view(np.uint16)  # the first in the low byte
-            np.copyto(integers, pairs | pairs >> 4, casting="unsafe")
+        numbers = values.astype(np.uint8)
+        if self.bits == 4:
+            pairs = numbers.view(np.uint16)  # the first in the low byte
+            numbers = (pairs | pairs >> 4).astype(np.uint8)
+        integers[...] = numbers
 
     def decode(self, stored: memoryview, into: memoryview) -> None:
         """See `Codec`."""
@@ -104,9 +104,9 @@ class GroupCodec:
         ends, integers = self._parts(np.frombuffer(stored, np.uint8), self._groups(room.nbytes))
         for first in range(0, len(ends), GROUPS_AT_ONCE):
             part = slice(first, first + GROUPS_AT_ONCE)
-            found = self._decoded(ends[part].astype(np.float32), integers[part]).reshape(-1)
             target = room[GROUP * first : GROUP * part.stop]
-            target[...] = found[: target.size]
+            found = self._decoded(ends[part].astype(np.float32), integers[part]).reshape(-1)[: target.size]
+            target[...] = _narrowed(found) if self._dtype == np.float16 else found
 
     def _decoded(self, ends: NDArray[np.float32], integers: NDArray[np.uint8]) -> NDArray[np.float32]:
         if self.bits == 4:
@@ -122,11 +122,42 @@ class GroupCodec:
         return stored[: 4 * count].view(np.float16).reshape(count, 2), stored[4 * count :].reshape(count, -1)
 
 
-def _rounded(values: NDArray[np.float32], towards: float) -> NDArray[np.float16]:
-    """The nearest float16 that is not on the other side."""
+def _rounded_down(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    """The largest float16 that is not above; within what float16 can hold."""
     near = values.astype(np.float16)
-    beyond = near.astype(np.float32) > values if towards < 0 else near.astype(np.float32) < values
-    return np.where(beyond, np.nextafter(near, np.float16(towards)), near)
+    bits = near.view(np.int16)
+    # The next one below: a smaller number of the positive ones, a larger of the negative ones.
+    bits += np.where(bits < 0, np.int16(1), np.int16(-1)) * (near.astype(np.float32) > values)
+    return near
+
+
+# numpy converts float16 one by one, three times as slowly as these do with whole vectors of integers.
+
+
+def _widened(values: NDArray[np.float16]) -> NDArray[np.float32]:
+    """Finite values in float32."""
+    bits = values.view(np.uint16).astype(np.uint32)
+    signs = (bits & 0x8000) << 16
+    bits &= 0x7FFF
+    bits <<= 13
+    wide = bits.view(np.float32)
+    wide *= np.float32(2.0**112)  # the exponents' biases are that far apart
+    bits |= signs
+    return wide
+
+
+def _narrowed(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    """The nearest float16, the one further from zero between two; what is too large is the largest. In place."""
+    bits = values.view(np.uint32)
+    signs = bits >> 16
+    signs &= 0x8000
+    bits &= 0x7FFFFFFF
+    values *= np.float32(2.0**-112)
+    bits += 0x1000
+    bits >>= 13
+    np.minimum(bits, 0x7BFF, out=bits)
+    bits |= signs
+    return bits.astype(np.uint16).view(np.float16)
 
 
 def make_codec(precision: str, dtype: str) -> Codec | None:
