@@ -137,7 +137,7 @@ def _rounded_down(values: NDArray[np.float32]) -> NDArray[np.float16]:
 def _widened(values: NDArray[np.float16]) -> NDArray[np.float32]:
     """Finite values in float32."""
     bits = values.view(np.uint16).astype(np.uint32)
-    signs = (bits & 0x8000) << 16
+    signs = (bits & np.uint32(0x8000)) << np.uint32(16)
     bits &= 0x7FFF
     bits <<= 13
     wide = bits.view(np.float32)
@@ -149,8 +149,7 @@ def _widened(values: NDArray[np.float16]) -> NDArray[np.float32]:
 def _narrowed(values: NDArray[np.float32]) -> NDArray[np.float16]:
     """The nearest float16, the one further from zero between two; what is too large is the largest. In place."""
     bits = values.view(np.uint32)
-    signs = bits >> 16
-    signs &= 0x8000
+    signs = (bits >> np.uint32(16)) & np.uint32(0x8000)
     bits &= 0x7FFFFFFF
     values *= np.float32(2.0**-112)
     bits += 0x1000

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 
 from python_backends.errors import ConfigError, EntryLostError, TierFullError
 from python_backends.kv.tiers.arena import Arena
-from python_backends.kv.tiers.codec import GROUP, GroupCodec, make_codec
+from python_backends.kv.tiers.codec import GROUP, GroupCodec, _narrowed, _rounded_down, _widened, make_codec
 from python_backends.kv.tiers.coded import CodedArena
 from tests.python_backends.kv.tiers.payloads import entry
 from tests.python_backends.kv.tiers.stores import open_store
@@ -60,6 +60,20 @@ def test_extremes_stay_finite():
         assert np.isfinite(back).all()
         assert (back[1] == 0).all()
         assert (back[2] == 7.5).all()
+
+
+def test_float16_is_converted_as_numpy_does():
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)]
+    wide = _widened(every)
+    np.testing.assert_array_equal(wide, every.astype(np.float32))
+    np.testing.assert_array_equal(_narrowed(wide.copy()), every)
+    values = (np.random.default_rng(1).uniform(-6, 6, 10**5) * 10 ** np.linspace(-8, 4, 10**5)).astype(np.float32)
+    np.testing.assert_array_equal(_narrowed(values.copy()), values.astype(np.float16))
+    assert _narrowed(np.array([7e4, -7e4], np.float32)).tolist() == [65504, -65504]
+    below = _rounded_down(values)
+    assert (below <= values).all()
+    assert (np.nextafter(below, np.float16(np.inf)).astype(np.float32) > values).all()
 
 
 def test_as_is_is_no_codec_and_integers_cannot_be_rounded():
