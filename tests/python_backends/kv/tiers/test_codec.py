@@ -70,7 +70,7 @@ def test_float16_is_converted_as_numpy_does():
     np.testing.assert_array_equal(_narrowed(wide.copy()), every)
     values = (np.random.default_rng(1).uniform(-6, 6, 10**5) * 10 ** np.linspace(-8, 4, 10**5)).astype(np.float32)
     found, wanted = _narrowed(values.copy()), values.astype(np.float16)
-    np.testing.assert_array_equal(abs(found - values), abs(wanted - values), "as near, whichever of two")
+    assert (abs(found - values) <= abs(wanted - values) + 1e-11).all(), "as near, whichever of two"
     assert _narrowed(np.array([7e4, -7e4], np.float32)).tolist() == [65504, -65504]
     below = _rounded_down(values)
     assert (below <= values).all()
