@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from python_backends.decoder.scheduler import Scheduler
 
-SLOTS, QUEUE, IMAGE, OVERTAKES, QUANTUM = 3, 6, 5, 2, 4
+SLOTS, QUEUE, IMAGE, OVERTAKES, QUANTUM, ASIDE = 3, 6, 5, 2, 4, 60
 
 
 @st.composite
@@ -25,7 +25,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.scheduler = Scheduler(SLOTS, QUEUE, OVERTAKES, QUANTUM)
+        self.scheduler = Scheduler(SLOTS, QUEUE, OVERTAKES, QUANTUM, ASIDE)
         self.next_id = 0
         self.done = {}  # tokens computed
         self.prompt = {}
@@ -298,6 +298,17 @@ def test_an_urgent_request_sets_a_running_one_aside_at_once():
     step = scheduler.schedule(4)
     assert [move.sequence_id for move in step.set_aside] == [0]
     assert step.rows[0].sequence_id == 1
+
+
+def test_what_is_set_aside_stays_within_its_bound():
+    def most(**bound):
+        scheduler = Scheduler(1, 9, quantum=2, **bound)
+        for sequence in range(3):
+            scheduler.add(sequence, 6)
+        return max(scheduler.aside for _ in range(60) if run(scheduler, 1))
+
+    assert most() > 30
+    assert 10 < most(max_aside=20) <= 20
 
 
 def test_without_a_quantum_nobody_is_set_aside():
