@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,11 +55,7 @@ def main() -> None:
     report = Report(options.out / "gpu-serve.json", {})
     for section, run in (("demo", demo), ("load", load)):
         if section in options.sections:
-            try:
-                run(report, options)
-            except Exception as error:
-                traceback.print_exc()
-                report.row("failed", part=section, error=f"{type(error).__name__}: {error}"[:600])
+            report.guard(section, lambda run=run: run(report, options))
 
 
 @contextmanager
@@ -88,11 +83,7 @@ def demo(report: Report, options: argparse.Namespace) -> None:
         questions=reference_report.questions,
     )
     for precision in options.precisions:
-        try:
-            _demo_in(report, checkpoint, precision, options, wanted)
-        except Exception as error:
-            traceback.print_exc()
-            report.row("failed", part=f"demo {precision}", error=f"{type(error).__name__}: {error}"[:600])
+        report.guard(f"demo {precision}", lambda p=precision: _demo_in(report, checkpoint, p, options, wanted))
 
 
 def _demo_in(report: Report, checkpoint: Path, precision: str, options: argparse.Namespace, wanted: Kept) -> None:

@@ -145,10 +145,15 @@ class CopyStreams:
         else:
             transfer.wait()
 
-    def close(self) -> None:
-        """Wait for the copies and give the streams back."""
+    def synchronize(self) -> None:
+        """Wait for every copy."""
         for lane in self._own:
             check(cu.cuStreamSynchronize(lane.stream))
+
+    def close(self) -> None:
+        """Wait for the copies and give the streams back."""
+        self.synchronize()
+        for lane in self._own:
             check(cu.cuStreamDestroy(lane.stream))
         self._events.give_back(self._issued)
         self._events.close()
@@ -156,14 +161,16 @@ class CopyStreams:
 
 def _parts(piece: Piece) -> Iterator[Piece]:
     """A piece in pieces of at most `PART_BYTES`."""
-    if piece.height == 1:
+    if piece.num_bytes <= PART_BYTES:
+        yield piece
+    elif piece.height == 1:
         for at in range(0, piece.width, PART_BYTES):
             width = min(PART_BYTES, piece.width - at)
             yield Piece(piece.address + at, width, width, 1)
-        return
-    rows = max(1, PART_BYTES // piece.width)
-    for first in range(0, piece.height, rows):
-        yield Piece(piece.address + first * piece.pitch, piece.width, piece.pitch, min(rows, piece.height - first))
+    else:
+        rows = max(1, PART_BYTES // piece.width)
+        for first in range(0, piece.height, rows):
+            yield Piece(piece.address + first * piece.pitch, piece.width, piece.pitch, min(rows, piece.height - first))
 
 
 def _rows(part: Piece, packed: int, memory: Any, stream: Any, *, out: bool) -> None:

@@ -126,7 +126,7 @@ class CudaDevice:
 
         target = np.empty(tensor.shape, DTYPES[tensor.dtype]) if into is None else into
         check(cu.cuMemcpyDtoHAsync(target.ctypes.data, tensor.address, tensor.num_bytes, self._stream))
-        self.synchronize()
+        check(cu.cuStreamSynchronize(self._stream))
         return target
 
     def fill_zero(self, tensor: Tensor) -> None:
@@ -148,6 +148,7 @@ class CudaDevice:
     def synchronize(self) -> None:
         """See `Device.synchronize`."""
         check(cu.cuStreamSynchronize(self._stream))
+        self._copies.synchronize()
 
     # --- kernels ----------------------------------------------------------------------------------------------
 

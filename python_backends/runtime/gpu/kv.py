@@ -11,6 +11,7 @@ blocks stay as they are until the slot begins anew, a tail's window until a ring
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -101,7 +102,7 @@ class PagedState:
         return self.payload.nbytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _SlotCopy:
     """A copy of a slot's KV, out or in."""
 
@@ -126,7 +127,7 @@ class PagedKv:
         self.local_pool = device.allocate(dtype, max(1, sizes.num_slots * sizes.ring), max(1, sizes.num_local), *shape)
         self.pages = PageTable(sizes.num_slots, sizes.context_length // PAGE_TOKENS, sizes.global_pages)
         self.ring = ring_table(sizes.num_slots, sizes.ring)
-        self._copies: dict[int, list[_SlotCopy]] = {}
+        self._copies: defaultdict[int, deque[_SlotCopy]] = defaultdict(deque)
         """By slot, those that may not be over."""
         self.global_table = device.allocate("i32", *self.pages.table.shape)
         self.local_table = device.allocate("i32", *self.ring.shape)
@@ -231,30 +232,34 @@ class PagedKv:
     def begin_step(self, slot: int, start: int, stop: int) -> None:
         """Before a step appends the tokens ``start … stop − 1`` to a slot, or begins anew there (``start`` 0): it waits
         on the device for the copies that it would disturb, or that fill the slot."""
-        begun = [copy for copy in self._copies.pop(slot, ()) if not copy.transfer.done()]
-        waits = [copy for copy in begun if start == 0 or stop > copy.until]
-        for copy in waits:
+        copies = self._begun(slot)
+        for copy in [each for each in copies if start == 0 or stop > each.until]:
             self._device.wait_for(copy.transfer)
-        if len(begun) > len(waits):
-            self._copies[slot] = [copy for copy in begun if copy not in waits]
+            copies.remove(copy)
+
+    def _begun(self, slot: int) -> deque[_SlotCopy]:
+        """A slot's copies, without the oldest that are over."""
+        copies = self._copies[slot]
+        while copies and copies[0].transfer.done():
+            copies.popleft()
+        return copies
 
     def _export(self, slot: int, pieces: Sequence[Piece], into: memoryview, until: int) -> Transfer:
         _check_bytes(into, pieces)
         transfer = self._device.copy_out([(pieces, into)], self._fills(slot))
-        self._copies.setdefault(slot, []).append(_SlotCopy(transfer, until))
+        self._copies[slot].append(_SlotCopy(transfer, until))
         return transfer
 
     def _import(self, slot: int, copies: Sequence[Copy]) -> Transfer:
         for pieces, payload in copies:
             _check_bytes(payload, pieces)
-        begun = self._copies.setdefault(slot, [])
-        transfer = self._device.copy_in(copies, [copy.transfer for copy in begun])
-        begun.append(_SlotCopy(transfer, 0))
+        transfer = self._device.copy_in(copies, [copy.transfer for copy in self._begun(slot)])
+        self._copies[slot].append(_SlotCopy(transfer, 0))
         return transfer
 
     def _fills(self, slot: int) -> list[Transfer]:
         """Copies into a slot that may not be over."""
-        return [copy.transfer for copy in self._copies.get(slot, ()) if copy.until == 0]
+        return [copy.transfer for copy in self._begun(slot) if copy.until == 0]
 
     def _kept_until(self, length: int) -> int:
         """Tokens that a slot may grow to before a page of the window behind ``length`` tokens is written again."""

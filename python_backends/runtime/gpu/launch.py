@@ -172,7 +172,7 @@ class Device(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Wait for everything issued before."""
+        """Wait for everything issued before, copies beside the steps included."""
         ...
 
     def close(self) -> None:
