@@ -78,7 +78,7 @@ def graphs_of(decoder: GpuDecoder, inputs: StepInputs) -> list[CudaRecording]:
     """What a step replays, after it has run once."""
     decoder.step(inputs)
     bucket = bucket_of(inputs)
-    return [decoder.recordings["layers", bucket.body], decoder.recordings["head", bucket]]  # type: ignore[list-item]
+    return [decoder.recordings["layers", bucket.body], decoder.recordings["head", bucket]]
 
 
 @dataclass(frozen=True)
