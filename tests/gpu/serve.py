@@ -156,7 +156,7 @@ def _logits_error(checkpoint: Path, folder: Path) -> tuple[float, float]:
 
 
 def load(report: Report, options: argparse.Namespace) -> None:
-    """A random checkpoint: a step's graphs by themselves, `wicore bench serve`, and closed loops with the GPU watched."""
+    """A random checkpoint: a step's graphs alone, `wicore bench serve`, and closed loops with the GPU watched."""
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / f"random-{options.shape}"
         began = time.monotonic()
