@@ -258,7 +258,7 @@ class Engine:
                     self.stats.waited(sequence.begun_s - sequence.submitted_s)
 
     def _run(self, step: Step) -> StepOutputs | WiCoreError | None:
-        """None where the step cannot run: something to be moved in is lost, and is computed again."""
+        """None where the step cannot run: what it needs is on its way into a slot, or lost and computed again."""
         try:
             if not self._move(step):
                 return None
@@ -287,19 +287,16 @@ class Engine:
             sequence.state = self._runtime.export_slot(move.slot, move.length)
             if move.sequence_id not in entering:  # otherwise it only changes its slot
                 self._reuse.pause(sequence, move.slot, move.length)
-        complete = True
+        absent = set()
         for move in step.resume:
             sequence = self._sequences[move.sequence_id]
             if sequence.state is not None:
                 self._runtime.import_slot(move.slot, sequence.state)
                 sequence.state = None
-            elif self._reuse.load(sequence, move.slot):
-                self._intake.share(move.sequence_id, move.slot, move.length)
-            else:
-                complete = False
-                self._intake.compute_all(sequence)
+            elif not self._intake.load(sequence, move.slot, move.length):
+                absent.add(move.sequence_id)
         self.stats.moved(len(step.set_aside) + len(step.resume))
-        return complete
+        return not any(row.sequence_id in absent for row in step.rows)
 
     def _observed(self, step: Step) -> list[Row]:
         """Rows whose attention the cache wants to see."""

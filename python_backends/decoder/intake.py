@@ -7,6 +7,7 @@ engine's lock held, but where a method says otherwise.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -92,7 +93,31 @@ class Intake:
                 fork.state = state
                 self._add(fork, computed=computed)
 
-    def compute_all(self, sequence: ActiveSequence) -> None:
+    def load(self, sequence: ActiveSequence, slot: int, length: int) -> bool:
+        """Put what the cache holds of a sequence into its slot. Called without the lock.
+
+        False where none of its rows can run now: the KV is on its way, and others' steps go on meanwhile, or it is lost
+        and computed from the beginning.
+        """
+        enter = functools.partial(self._enter, sequence.sequence_id)
+        with self._changed:
+            self._scheduler.suspend(sequence.sequence_id)
+        load = self._reuse.load(sequence, slot, enter)
+        if load == "lost":
+            self._compute_all(sequence)
+            return False
+        if load == "there":
+            enter()
+        self.share(sequence.sequence_id, slot, length)
+        return load == "there"
+
+    def _enter(self, sequence_id: int) -> None:
+        """The KV of a sequence is in its slot."""
+        with self._changed:
+            self._scheduler.enter(sequence_id)
+            self._changed.notify_all()
+
+    def _compute_all(self, sequence: ActiveSequence) -> None:
         """What a sequence was to have in its slot is lost: off the slot, and from the beginning. Without the lock."""
         with self._changed:
             self._scheduler.hold(sequence.sequence_id)

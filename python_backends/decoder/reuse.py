@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from python_backends.decoder.sequence import ActiveSequence, CachedTokens, Request
 from python_backends.kv import identity
@@ -28,6 +28,9 @@ IMAGE_TAILS = 4
 """Images of a prompt, the last ones, behind which a tail is kept: a tail weighs as much as thousands of tokens."""
 OBSERVE_EVERY = 32
 """Steps between two looks at where a sequence's attention goes."""
+
+
+Load = Literal["there", "coming", "lost"]
 
 
 @dataclass
@@ -104,8 +107,9 @@ class Reuse:
             self.give_up(sequence)
         return length
 
-    def load(self, sequence: ActiveSequence, slot: int) -> bool:
-        """Put what was found into the slot; False where it was lost and everything must be computed."""
+    def load(self, sequence: ActiveSequence, slot: int, entered: Callable[[], None]) -> Load:
+        """Put what was found into the slot. Where it is "coming", ``entered`` is called from another thread when it is
+        there; where it was "lost", everything must be computed."""
         reused = sequence.reused
         assert self._cache is not None
         assert reused is not None
@@ -118,7 +122,10 @@ class Reuse:
         self._cache.count(sequence.cached.by_tier, sequence.prompt_length, sequence.cached.missed)
         reused.visit = self._cache.touch(hit.match.keys if loaded else ())
         hit.release()
-        return loaded
+        if hit.transfer is not None:
+            self._cache.after(hit.transfer, entered)
+            return "coming"
+        return "there" if loaded else "lost"
 
     def give_up(self, sequence: ActiveSequence) -> None:
         """Nothing will be loaded (any more)."""

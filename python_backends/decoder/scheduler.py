@@ -79,6 +79,8 @@ class _Work:
     computed: int
     held: bool
     """Waits for something else than a slot."""
+    suspended: bool = False
+    """What it has computed is on its way into its slot."""
     started: bool = False
     """Had a slot once, so its place in the queue is not the queue's to bound."""
     aside: bool = False
@@ -218,12 +220,21 @@ class Scheduler:
             work.slot = None
             self._waiting[sequence_id] = work
         work = self._waiting[sequence_id]
-        work.held, work.computed = True, 0
+        work.held, work.suspended, work.computed = True, False, 0
 
     def release(self, sequence_id: int, computed: int = 0) -> None:
         """End the hold; the caller has ``computed`` tokens for the slot."""
         work = self._waiting[sequence_id]
         work.held, work.computed = False, computed
+
+    def suspend(self, sequence_id: int) -> None:
+        """Give a running sequence whose prompt is not done no rows before `enter`: its slot is being filled."""
+        self._running[sequence_id].suspended = True
+
+    def enter(self, sequence_id: int) -> None:
+        """Its slot is filled; nothing happens where it has gone meanwhile."""
+        if sequence_id in self._running:
+            self._running[sequence_id].suspended = False
 
     def remove(self, sequence_id: int) -> None:
         """Forget a sequence, wherever it is, and free its slot."""
@@ -241,7 +252,7 @@ class Scheduler:
         resume = self._admit()
         set_aside, entered = self._make_room() if resume or self._candidate() else self._compact()
         moves = (set_aside, resume + entered)
-        prefilling = [work for work in self._running.values() if work.prefilling]
+        prefilling = [work for work in self._running.values() if work.prefilling and not work.suspended]
         decoding = [work for work in self._running.values() if not work.prefilling]
         if prefilling and not (decoding and self._prefilled_last):
             self._prefilled_last = True
@@ -281,6 +292,7 @@ class Scheduler:
             assert work.overtaken <= self._max_overtakes, "a waiting sequence was overtaken too often"
         for work in self._running.values():
             assert work.prefilling or work.length == work.computed + 1, "a decoding sequence is not one token ahead"
+            assert work.prefilling or not work.suspended, "a decoding sequence waits for its slot"
             for start, end in work.images:
                 assert not start < work.computed < end, "an image was split"
 
@@ -336,7 +348,7 @@ class Scheduler:
         lowest = min(_slot(work) for work in self._running.values())
         span = _slot(highest) - lowest + 1
         target = next((slot for slot in sorted(self._free_slots) if lowest < slot < _slot(highest)), None)
-        if target is None or span <= 2 * len(self._running):
+        if target is None or span <= 2 * len(self._running) or highest.suspended:
             return (), ()
         out = (Move(highest.sequence_id, _slot(highest), highest.computed),)
         self._free_slots.remove(target)

@@ -404,3 +404,68 @@ def test_tiers_of_a_few_entries_that_must_move_all_the_time_change_no_answer(ope
     tiers = cache.stats()["tiers"]
     assert tiers["host"]["writes"] > 10
     assert tiers["nvme"]["writes"] > 10
+
+
+class Gate:
+    """A transfer that is over when the test says so, though the bytes are there already."""
+
+    def __init__(self):
+        self.opened = threading.Event()
+
+    def done(self):
+        return self.opened.is_set()
+
+    def wait(self):
+        assert self.opened.wait(30)
+
+
+def load_behind_a_gate(engine, monkeypatch):
+    """What a runtime does whose copies go on beside its steps."""
+    gate, load = Gate(), engine._runtime.import_blocks
+
+    def import_blocks(*args, **options):
+        load(*args, **options)
+        return gate
+
+    monkeypatch.setattr(engine._runtime, "import_blocks", import_blocks)
+    return gate
+
+
+def until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_others_decode_while_a_slot_is_filled(open_engine, monkeypatch):
+    engine, _ = open_engine()
+    ids = prompt(7, 90)
+    first = alone(engine, ids)
+    gate = load_behind_a_gate(engine, monkeypatch)
+    other = Caller(prompt(8, 20), max_tokens=120).to(engine)
+    until(lambda: other.tokens)
+    again = Caller(ids).to(engine)
+    until(lambda: len(engine._scheduler.running) == 2)
+    begun = len(other.tokens)
+    until(lambda: len(other.tokens) > begun + 20)
+    assert not again.pieces
+    gate.opened.set()
+    assert again.wait().tokens == first.tokens
+    assert cached(again) == 89
+    other.wait()
+
+
+def test_a_request_that_ends_while_its_slot_is_filled_leaves_nothing_behind(open_engine, monkeypatch):
+    engine, cache = open_engine(slots=1)
+    ids = prompt(7, 90)
+    first = alone(engine, ids)
+    gate = load_behind_a_gate(engine, monkeypatch)
+    gone = Caller(ids).to(engine)
+    until(lambda: engine._scheduler.running)
+    gone.cancelled = True
+    assert gone.wait().last.finish_reason == "cancelled"
+    until(lambda: engine.idle)
+    assert not references(cache)
+    gate.opened.set()
+    assert alone(engine, ids).tokens == first.tokens

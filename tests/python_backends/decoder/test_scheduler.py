@@ -33,6 +33,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.aside = {}  # sequence → length
         self.spans, self.cuts = {}, {}
         self.held = set()
+        self.suspended = set()
         self.order = []
         self.arrived = {}  # order of arrival; who is set aside arrives anew
         self.waited = {}  # admissions of later arrivals while waiting for a slot
@@ -81,9 +82,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         if running:
             chosen = data.draw(st.sampled_from(running))
             self.scheduler.hold(chosen)
+            self.suspended.discard(chosen)
             self.slots = {slot: each for slot, each in self.slots.items() if each != chosen}
             self.done[chosen] = 0
             self.held.add(chosen)
+
+    @rule(data=st.data())
+    def suspend(self, data):
+        """What was moved into its slot is still on its way."""
+        running = [each for each in self.scheduler.running if self.done[each] < self.prompt[each]]
+        if running:
+            chosen = data.draw(st.sampled_from(running))
+            self.scheduler.suspend(chosen)
+            self.suspended.add(chosen)
+
+    @precondition(lambda self: self.suspended)
+    @rule(data=st.data())
+    def enter(self, data):
+        chosen = data.draw(st.sampled_from(sorted(self.suspended)))
+        self.scheduler.enter(chosen)
+        self.suspended.discard(chosen)
 
     @rule(data=st.data())
     def remove(self, data):
@@ -94,13 +112,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             for kept in (self.done, self.prompt, self.aside, self.waited):
                 kept.pop(chosen, None)
             self.held.discard(chosen)
+            if data.draw(st.booleans()):  # else what was on its way arrives when the sequence has gone
+                self.suspended.discard(chosen)
             self.slots = {slot: each for slot, each in self.slots.items() if each != chosen}
 
     @rule(budget=st.integers(1, 12), accepted=st.integers(1, 3))
     def step(self, budget, accepted):
         before = set(self.scheduler.running)
         step = self.scheduler.schedule(budget)
-        assert (step is None) == (not set(self.done) - self.held), "there is work exactly when there are sequences"
+        idle = not set(self.scheduler.running) - self.suspended
+        assert (step is None) == idle, "there is work exactly when a sequence has a slot, and its cache in it"
+        assert not set(self.done) - self.held or self.scheduler.running, "a sequence that could run has no slot"
         assert not self.held & set(self.scheduler.running), "a sequence on hold has a slot"
         if step is None:
             return
@@ -109,6 +131,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert [row.slot for row in step.rows] == sorted({row.slot for row in step.rows})
         assert all(row.count for row in step.rows), "every row does something"
         for row in step.rows:
+            assert row.sequence_id not in self.suspended
             assert self.slots.setdefault(row.slot, row.sequence_id) == row.sequence_id, "another's cache is in the slot"
             assert row.start == self.done[row.sequence_id]
             assert not any(row.start < cut < row.start + row.count for cut in self.cuts.get(row.sequence_id, ()))
@@ -185,6 +208,21 @@ def test_decode_goes_on_between_the_chunks_of_a_long_prompt():
     run(scheduler, 1)
     scheduler.add(1, 40)
     assert [kind for kind, _ in run(scheduler, 8)] == ["decode", "prefill"] * 4
+
+
+def test_others_decode_while_a_slot_is_filled():
+    scheduler = Scheduler(2, 1)
+    scheduler.add(0, 1)
+    run(scheduler, 1)
+    scheduler.add(1, 40, computed=30)
+    step = scheduler.schedule(8)
+    assert [move.sequence_id for move in step.resume] == [1]
+    scheduler.suspend(1)
+    assert run(scheduler, 3) == [("decode", (0,))] * 3
+    scheduler.remove(0)
+    assert scheduler.schedule(8) is None
+    scheduler.enter(1)
+    assert [row.start for row in scheduler.schedule(8).rows] == [30]
 
 
 def test_priority_goes_first_then_shorter_work_then_the_older():
