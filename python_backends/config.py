@@ -77,6 +77,9 @@ class Config:
     """Device memory for weights, KV pages and workspaces (GB), of every GPU used."""
     enable_cuda_graph: bool = True
     """Replay a step on the GPU as one CUDA graph instead of launching its parts."""
+    num_streams: int = 4
+    """CUDA streams: one for steps, the others for KV that leaves the GPU and enters it beside them, by turns; with 1 it
+    waits in line with the steps."""
     enable_kernel_fusion: bool = True
     """Run whole groups of operations as one kernel; off, to look for a fault, each runs by itself."""
     trt_precision: str = "auto"

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.paths import ROOT
 
 READMES = ("README.md", "README.zh-CN.md")
-START_S = 60
+START_S = 120
 
 
 def blocks(readme: str, language: str) -> list[str]:
@@ -119,7 +119,7 @@ def test_the_first_two_commands_exist_and_the_demo_runs():
 
 def test_serving_asking_curl_and_python(tmp_path):
     shell = Shell(tmp_path)
-    _, serve, ask, curl, help_, plain = blocks("README.md", "bash")
+    _, serve, ask, curl, help_, gpu, plain = blocks("README.md", "bash")
     *before, server = serve.strip().splitlines()
     shell.run("\n".join(before))
     activate = before[0]
@@ -135,6 +135,8 @@ def test_serving_asking_curl_and_python(tmp_path):
         )
         assert done.stdout.strip()
     assert "checkpoint" in shell.run(f"{activate}\n{help_}").lower()
+    shell.run(f"{activate}\n{gpu}")
+    assert (tmp_path / "gpu_repository/manifest.json").exists()
     *before, server = plain.strip().splitlines()
     ports = f"--http-port {shell.http} --grpc-port {shell.grpc} --metrics-port {free_port()}"
     with shell.background("\n".join([activate, *before, f"exec {server} {ports}"])):

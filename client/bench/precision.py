@@ -50,7 +50,9 @@ class Rounded:
         began = time.perf_counter()
         *found, last = [self._rounded(payload) for payload in (*blocks, tail)]
         self.seconds += time.perf_counter() - began
-        self._runtime.import_blocks(slot, found, last, length, keep=keep, computed=computed)
+        transfer = self._runtime.import_blocks(slot, found, last, length, keep=keep, computed=computed)
+        if transfer is not None:  # the buffers are ours
+            transfer.wait()
 
     def _rounded(self, payload: memoryview) -> memoryview:
         self.num_bytes += payload.nbytes

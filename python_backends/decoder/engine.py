@@ -22,7 +22,7 @@ from python_backends.decoder.intake import Intake
 from python_backends.decoder.masks import StepMasks
 from python_backends.decoder.postprocess import Postprocessor
 from python_backends.decoder.reuse import Reuse
-from python_backends.decoder.scheduler import Row, Scheduler, Step
+from python_backends.decoder.scheduler import UNLIMITED, Row, Scheduler, Step
 from python_backends.decoder.sequence import ActiveSequence, Request, make_sequence, seeds
 from python_backends.decoder.stats import Stats
 from python_backends.errors import (
@@ -57,6 +57,7 @@ class Engine:
         clock: seconds, monotonic; a test may give its own.
         cache: keeps KV beyond the requests that computed it; closed with the engine. None: every prompt is computed.
         on_failure: called once every request has been told, where a fault of the engine's own ended its loop.
+        max_aside: computed tokens that sequences set aside may have together.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         cache: KvCache | None = None,
         on_failure: Callable[[], None] = lambda: None,
+        max_aside: int = UNLIMITED,
     ) -> None:
         self.spec = runtime.spec
         self.stats = Stats()
@@ -75,7 +77,7 @@ class Engine:
         self._on_failure = on_failure
         self._config = config
         self._scheduler = Scheduler(
-            self.spec.num_slots, config.max_queue, config.max_overtakes, config.quantum_tokens or None
+            self.spec.num_slots, config.max_queue, config.max_overtakes, config.quantum_tokens or None, max_aside
         )
         self._budget = PrefillBudget(config.prefill_chunk, config.target_inter_token_ms / 1000)
         self.cache = cache
@@ -256,7 +258,7 @@ class Engine:
                     self.stats.waited(sequence.begun_s - sequence.submitted_s)
 
     def _run(self, step: Step) -> StepOutputs | WiCoreError | None:
-        """None where the step cannot run: something to be moved in is lost, and is computed again."""
+        """None where the step cannot run: what it needs is on its way into a slot, or lost and computed again."""
         try:
             if not self._move(step):
                 return None
@@ -285,28 +287,22 @@ class Engine:
             sequence.state = self._runtime.export_slot(move.slot, move.length)
             if move.sequence_id not in entering:  # otherwise it only changes its slot
                 self._reuse.pause(sequence, move.slot, move.length)
-        complete = True
+        absent = set()
         for move in step.resume:
             sequence = self._sequences[move.sequence_id]
             if sequence.state is not None:
                 self._runtime.import_slot(move.slot, sequence.state)
                 sequence.state = None
-            elif self._reuse.load(sequence, move.slot):
-                self._intake.share(move.sequence_id, move.slot, move.length)
-            else:
-                complete = False
-                self._intake.compute_all(sequence)
+            elif not self._intake.load(sequence, move.slot, move.length):
+                absent.add(move.sequence_id)
         self.stats.moved(len(step.set_aside) + len(step.resume))
-        return complete
+        return not any(row.sequence_id in absent for row in step.rows)
 
     def _observed(self, step: Step) -> list[Row]:
         """Rows whose attention the cache wants to see."""
-        rows = []
-        for row in step.rows:
-            sequence = self._sequences[row.sequence_id]
-            if row.samples and self._reuse.wants_masses(sequence, ends_prompt=row.start < sequence.prompt_length):
-                rows.append(row)
-        return rows
+        pairs = [(row, self._sequences[row.sequence_id]) for row in step.rows if row.samples]
+        wants = self._reuse.wants_masses
+        return [row for row, each in pairs if wants(each, ends_prompt=row.start < each.prompt_length)]
 
     def _postprocess(self, step: Step, outputs: StepOutputs | WiCoreError) -> None:
         if isinstance(outputs, WiCoreError):

@@ -7,6 +7,7 @@ engine's lock held, but where a method says otherwise.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -95,13 +96,38 @@ class Intake:
     def meet(self, sequence: ActiveSequence, slot: int, computed: int) -> None:
         """A step ended with so many tokens in the slot: what was loaded meanwhile may be put behind them. Without the
         lock."""
-        reached = self._reuse.meet(sequence, slot, computed)
-        if reached > computed:
-            with self._changed:
-                self._scheduler.advance(sequence.sequence_id, reached)
-            self.share(sequence.sequence_id, slot, reached)
+        if reached := self._reuse.meets(sequence, computed):
+            self.load(sequence, slot, reached, computed)
 
-    def compute_all(self, sequence: ActiveSequence) -> None:
+    def load(self, sequence: ActiveSequence, slot: int, length: int, computed: int = 0) -> bool:
+        """Put what the cache holds of a sequence into its slot, behind the tokens ``computed`` there. Without the lock.
+
+        False where none of its rows can run now: the KV is on its way, and others' steps go on meanwhile, or it is lost
+        and all that is not in the slot is computed.
+        """
+        enter = functools.partial(self._enter, sequence.sequence_id)
+        with self._changed:
+            self._scheduler.suspend(sequence.sequence_id)
+        load = self._reuse.load(sequence, slot, enter, computed)
+        if load == "lost" and not computed:
+            self._compute_all(sequence)
+            return False
+        if load != "coming":
+            enter()
+        if load != "lost":
+            if computed:
+                with self._changed:
+                    self._scheduler.advance(sequence.sequence_id, length)
+            self.share(sequence.sequence_id, slot, length)
+        return load == "there"
+
+    def _enter(self, sequence_id: int) -> None:
+        """The KV of a sequence is in its slot."""
+        with self._changed:
+            self._scheduler.enter(sequence_id)
+            self._changed.notify_all()
+
+    def _compute_all(self, sequence: ActiveSequence) -> None:
         """What a sequence was to have in its slot is lost: off the slot, and from the beginning. Without the lock."""
         with self._changed:
             self._scheduler.hold(sequence.sequence_id)

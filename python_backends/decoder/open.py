@@ -29,7 +29,8 @@ def open_engine(manifest: Manifest, config: Config, on_failure: Callable[[], Non
     tokenizer = open_tokenizer(manifest)
     runtime = open_runtime(manifest, config)
     cache = _open_cache(runtime.kv_layout, manifest, config)
-    return Engine(runtime, tokenizer, config, cache=cache, on_failure=on_failure)
+    aside = _most_aside(runtime, manifest, config)
+    return Engine(runtime, tokenizer, config, cache=cache, on_failure=on_failure, max_aside=aside)
 
 
 def open_runtime(manifest: Manifest, config: Config) -> DecoderRuntime:
@@ -77,6 +78,21 @@ def _open_cache(layout: KvLayout, manifest: Manifest, config: Config) -> KvCache
     if manifest.runtime != ONNXRUNTIME:
         return open_cache(layout, fingerprint, config, int(limit), device_share=0.0, allocate=pinned_memory)
     return open_cache(layout, fingerprint, config, int(limit * config.kv_cache_share))
+
+
+def _most_aside(runtime: DecoderRuntime, manifest: Manifest, config: Config) -> int:
+    """Tokens that may lie outside slots in what slots and tiers leave of the memory for KV; at least one slot's.
+
+    A token counts in every layer, though local layers keep their window alone.
+    """
+    layout, spec = runtime.kv_layout, runtime.spec
+    left = _memory_limit(config)
+    if manifest.runtime == ONNXRUNTIME:
+        slot = spec.max_context_length * layout.global_bytes + layout.window * layout.local_bytes
+        left = left * (1 - config.kv_cache_share if config.enable_hmt else 1.0) - spec.num_slots * slot
+    elif config.enable_hmt:
+        left = 0.0
+    return max(int(left / (layout.global_bytes + layout.local_bytes)), spec.max_context_length)
 
 
 def _memory_limit(config: Config) -> float:

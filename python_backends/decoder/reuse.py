@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from python_backends.decoder.sequence import ActiveSequence, CachedTokens, Request
 from python_backends.kv import identity
@@ -28,6 +28,9 @@ IMAGE_TAILS = 4
 """Images of a prompt, the last ones, behind which a tail is kept: a tail weighs as much as thousands of tokens."""
 OBSERVE_EVERY = 32
 """Steps between two looks at where a sequence's attention goes."""
+
+
+Load = Literal["there", "coming", "lost"]
 
 
 @dataclass
@@ -113,20 +116,20 @@ class Reuse:
             self.give_up(sequence)
         return length
 
-    def meet(self, sequence: ActiveSequence, slot: int, computed: int) -> int:
-        """Where a sequence computes while the rest is loaded (`Hit.meets_at`), put that behind the ``computed`` tokens
-        in its slot if it is there by now; returns the tokens in the slot."""
+    def meets(self, sequence: ActiveSequence, computed: int) -> int:
+        """How many tokens the slot of a sequence that computes while the rest is loaded (`Hit.meets_at`) has once
+        `load` puts that behind those ``computed``; 0: it is not there yet, or of no use any more."""
         reused = sequence.reused
         if reused is None or (hit := reused.hit) is None or (when := hit.meeting(computed)) == "later":
-            return computed
+            return 0
         if when == "never":
             self.give_up(sequence, "in_flight" if hit.length else "lost")
-            return computed
-        return hit.length if self.load(sequence, slot, computed) else computed
+            return 0
+        return hit.length
 
-    def load(self, sequence: ActiveSequence, slot: int, computed: int = 0) -> bool:
-        """Put what was found into the slot, behind the tokens ``computed`` there; False where it was lost, and all
-        that lies further must be computed."""
+    def load(self, sequence: ActiveSequence, slot: int, entered: Callable[[], None], computed: int = 0) -> Load:
+        """Put what was found into the slot, behind the tokens ``computed`` there. Where it is "coming", ``entered`` is
+        called from another thread when it is there; where it was "lost", all that lies further must be computed."""
         reused = sequence.reused
         assert self._cache is not None
         assert reused is not None
@@ -139,7 +142,10 @@ class Reuse:
         self._cache.count(sequence.cached.by_tier, sequence.prompt_length, sequence.cached.missed)
         reused.visit = reused.visit or self._cache.touch(hit.match.keys if loaded else ())
         hit.release()
-        return loaded
+        if hit.transfer is not None:
+            self._cache.after(hit.transfer, entered)
+            return "coming"
+        return "there" if loaded else "lost"
 
     def give_up(self, sequence: ActiveSequence, missed: str | None = None) -> None:
         """Nothing will be loaded (any more); ``missed``: why, where the look-up does not know it."""

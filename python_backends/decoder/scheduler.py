@@ -7,7 +7,8 @@ tokens by a known amount.
 Order of admission: the lower ``priority`` value first, then shorter work, then the older. Nobody starves, by two
 bounds: at most ``max_overtakes`` sequences that arrived later are admitted before any sequence that waits, and where
 slots stay taken a running sequence is set aside once it has had ``quantum`` tokens since it was admitted. It then
-counts as the newest arrival, so those that wait already go first.
+counts as the newest arrival, so those that wait already go first. The KV of those set aside is bounded: where
+``max_aside`` tokens lie outside slots, the next waits until a running sequence ends.
 
 The rows of a decode step run from the lowest to the highest slot that decodes. Sequences take the lowest free slot and
 are moved down one a step while more than half of the slots in that range are free, which bounds the padding at one half
@@ -78,8 +79,12 @@ class _Work:
     computed: int
     held: bool
     """Waits for something else than a slot."""
+    suspended: bool = False
+    """What it has computed is on its way into its slot."""
     started: bool = False
     """Had a slot once, so its place in the queue is not the queue's to bound."""
+    aside: bool = False
+    """What it has computed lies outside slots until it gets one again."""
     slot: int | None = None
     overtaken: int = 0
     """Admissions of sequences that arrived later, while this one waited."""
@@ -107,13 +112,22 @@ class Scheduler:
         max_queue: sequences that may wait for their first slot.
         max_overtakes: later sequences that may be admitted before one that waits.
         quantum: tokens a sequence may draw before it can be set aside for one of its own priority; None: never.
+        max_aside: computed tokens that sequences set aside may have together.
     """
 
-    def __init__(self, num_slots: int, max_queue: int, max_overtakes: int = 8, quantum: int | None = None) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        max_queue: int,
+        max_overtakes: int = 8,
+        quantum: int | None = None,
+        max_aside: int = UNLIMITED,
+    ) -> None:
         self.num_slots = num_slots
         self._max_queue = max_queue
         self._max_overtakes = max_overtakes
         self._quantum = quantum
+        self._max_aside = max_aside
         self._arrivals = itertools.count()
         self._waiting: dict[int, _Work] = {}
         self._running: dict[int, _Work] = {}
@@ -144,6 +158,11 @@ class Scheduler:
     def decoding(self) -> int:
         """Sequences whose prompt is done and that hold a slot."""
         return sum(1 for work in self._running.values() if not work.prefilling)
+
+    @property
+    def aside(self) -> int:
+        """Computed tokens of sequences set aside."""
+        return sum(work.computed for work in self._waiting.values() if work.aside)
 
     def place(self, sequence_id: int) -> tuple[int, int] | None:
         """(slot, tokens computed in it) of a sequence; None without a slot."""
@@ -206,12 +225,21 @@ class Scheduler:
             work.slot = None
             self._waiting[sequence_id] = work
         work = self._waiting[sequence_id]
-        work.held, work.computed = True, 0
+        work.held, work.suspended, work.computed = True, False, 0
 
     def release(self, sequence_id: int, computed: int = 0) -> None:
         """End the hold; the caller has ``computed`` tokens for the slot."""
         work = self._waiting[sequence_id]
         work.held, work.computed = False, computed
+
+    def suspend(self, sequence_id: int) -> None:
+        """Give a running sequence whose prompt is not done no rows before `enter`: its slot is being filled."""
+        self._running[sequence_id].suspended = True
+
+    def enter(self, sequence_id: int) -> None:
+        """Its slot is filled; nothing happens where it has gone meanwhile."""
+        if sequence_id in self._running:
+            self._running[sequence_id].suspended = False
 
     def remove(self, sequence_id: int) -> None:
         """Forget a sequence, wherever it is, and free its slot."""
@@ -229,7 +257,7 @@ class Scheduler:
         resume = self._admit()
         set_aside, entered = self._make_room() if resume or self._candidate() else self._compact()
         moves = (set_aside, resume + entered)
-        prefilling = [work for work in self._running.values() if work.prefilling]
+        prefilling = [work for work in self._running.values() if work.prefilling and not work.suspended]
         decoding = [work for work in self._running.values() if not work.prefilling]
         if prefilling and not (decoding and self._prefilled_last):
             self._prefilled_last = True
@@ -268,12 +296,15 @@ class Scheduler:
         assert sorted(used + self._free_slots) == list(range(self.num_slots)), "slots lost or given twice"
         assert not set(self._waiting) & set(self._running), "a sequence both waits and runs"
         assert len(self.queued) <= self._max_queue + self.num_slots, "more wait than the queue holds"
+        assert self.aside <= self._max_aside, "more is set aside than may be"
         for work in self._waiting.values():
             assert work.slot is None, "a waiting sequence holds a slot"
+            assert not (work.held and work.aside), "a sequence set aside is on hold"
             assert not (work.held and work.computed), "a sequence on hold has tokens to move in"
             assert work.overtaken <= self._max_overtakes, "a waiting sequence was overtaken too often"
         for work in self._running.values():
             assert work.prefilling or work.length == work.computed + 1, "a decoding sequence is not one token ahead"
+            assert work.prefilling or not work.suspended, "a decoding sequence waits for its slot"
             for start, end in work.images:
                 assert not start < work.computed < end, "an image was split"
 
@@ -299,7 +330,7 @@ class Scheduler:
         work.slot = heapq.heappop(self._free_slots)
         work.since_admission = 0
         work.overtaken = 0
-        work.started = True
+        work.started, work.aside = True, False
         self._running[work.sequence_id] = work
         return (Move(work.sequence_id, work.slot, work.computed),) if work.computed else ()
 
@@ -307,14 +338,15 @@ class Scheduler:
         """Set one running sequence aside where the one whose turn it is must not wait for it to end: (out, in)."""
         if self._quantum is None or self._free_slots or not (work := self._candidate()):
             return (), ()
-        victims = [each for each in self._running.values() if self._may_set_aside(each, work)]
+        room = self._max_aside - self.aside + (work.computed if work.aside else 0)
+        victims = [each for each in self._running.values() if self._may_set_aside(each, work) and each.computed <= room]
         if not victims:
             return (), ()
         victim = max(victims, key=lambda each: (each.priority, each.since_admission, each.arrival))
         del self._running[victim.sequence_id]
         out = (Move(victim.sequence_id, _slot(victim), victim.computed),)
         heapq.heappush(self._free_slots, _slot(victim))
-        victim.slot = None
+        victim.slot, victim.aside = None, True
         victim.arrival = next(self._arrivals)  # behind those that wait already: it has had its share for now
         entered = self._enter(work)
         self._waiting[victim.sequence_id] = victim
@@ -328,7 +360,7 @@ class Scheduler:
         lowest = min(_slot(work) for work in self._running.values())
         span = _slot(highest) - lowest + 1
         target = next((slot for slot in sorted(self._free_slots) if lowest < slot < _slot(highest)), None)
-        if target is None or span <= 2 * len(self._running):
+        if target is None or span <= 2 * len(self._running) or highest.suspended:
             return (), ()
         out = (Move(highest.sequence_id, _slot(highest), highest.computed),)
         self._free_slots.remove(target)

@@ -5,12 +5,13 @@ book-keeper is called under one lock, which is never held while bytes are read o
 the runtime (`DecoderRuntime.export_block` …), on the engine's thread alone.
 
 An entry that is being filled is announced to the book-keeper first, so that its room is counted; until it is there no
-move of it is begun (`Carrier`), and only the engine's thread, which fills it, could load it.
+move of it is begun (`Carrier`), and who looks something up waits for it (`Fills`): a runtime may copy beside its steps.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import threading
 import time
@@ -25,12 +26,13 @@ from python_backends.kv.blocks import TIERS, EntryKey, Match, Move, Tier
 from python_backends.kv.carrier import Carrier
 from python_backends.kv.costs import DISK_BYTES_PER_S
 from python_backends.kv.countdown import Countdown
+from python_backends.kv.fills import Fills
 from python_backends.kv.hit import Hit
 from python_backends.kv.identity import ImageSpan, PromptIds
 from python_backends.kv.session_commands import SessionCommands
 from python_backends.kv.sessions import Sessions
 from python_backends.kv.tiers.base import MemoryStore, TierStore
-from python_backends.runtime.base import KvLayout
+from python_backends.runtime.base import KvLayout, Transfer
 
 if TYPE_CHECKING:
     from python_backends.kv.costs import LinkSpeeds
@@ -90,6 +92,7 @@ class KvCache:
         self._clock = clock
         self.lock = threading.RLock()
         """Of the books; held by nobody who reads or writes payloads."""
+        self._fills, self._loads = Fills(), Fills()
         self._carrier = Carrier(manager, self._stores, self._memory, mover, self.lock, clock)
         self._tokens: Counter[str] = Counter()
         self._lookups: Counter[str] = Counter()
@@ -130,6 +133,7 @@ class KvCache:
         Where computing takes ``token_s`` a token (0: unknown), what would be computed sooner is not loaded. ``beside``:
         the request can begin to compute at once, and what pays to be computed meanwhile is not loaded either.
         """
+        self._fills.wait()
         hit = Hit(self, ids, limit, token_s, beside=beside)
         hit.find()
         return hit
@@ -178,12 +182,12 @@ class KvCache:
     def keep(
         self,
         key: EntryKey,
-        export: Callable[[memoryview], None],
+        export: Callable[[memoryview], Transfer | None],
         *,
         recompute_s: float = 0.0,
         visit: Visit | None = None,
     ) -> bool:
-        """Take an entry up; ``export`` fills its payload. Whether it is held now.
+        """Take an entry up; ``export`` fills its payload, or begins to. Whether it is held then.
 
         ``recompute_s`` is what computing it again would take, the entries before it given; ``visit`` is the request's.
         """
@@ -192,6 +196,8 @@ class KvCache:
                 return False
             insert = self._manager.insert(key, self._first, self._clock(), recompute_s=recompute_s, visit=visit)
             self._carrier.filling |= {key.id} if insert.accepted and not insert.known else set()
+        if insert.evict:
+            self._fills.wait()  # what leaves may have been on its way here
         for move in insert.evict:
             self._carrier.run(move, URGENT, WRITE_DEADLINE_S, inline=True)
         if not insert.accepted or insert.known:
@@ -200,18 +206,43 @@ class KvCache:
         self.rebalance()
         return held
 
-    def _fill(self, key: EntryKey, export: Callable[[memoryview], None]) -> bool:
+    def _fill(self, key: EntryKey, export: Callable[[memoryview], Transfer | None]) -> bool:
+        begun = False
         try:
-            with self._memory[self._first].fill(key) as room:
-                export(room)
+            with contextlib.ExitStack() as room:
+                transfer = export(room.enter_context(self._memory[self._first].fill(key)))
+                if transfer is not None:
+                    self._fills.begin(transfer, functools.partial(self._came, key, room.pop_all()))
+                    begun = True
         except TierError as error:
-            with self.lock:
-                self._manager.lost(key, self._first, error.reason, self._clock())
+            self._failed(key, error.reason)
             return False
         finally:
-            with self.lock:
-                self._carrier.filling.discard(key.id)
+            if not begun:
+                self._filled(key)
         return True
+
+    def _came(self, key: EntryKey, room: contextlib.ExitStack, error: Exception | None) -> None:
+        """The payload that was on its way is there, or will never be."""
+        with contextlib.suppress(Exception), room:
+            if error is not None:
+                raise error
+        if error is not None:
+            self._failed(key, "unexpected")
+        self._filled(key)
+        self.rebalance()
+
+    def _failed(self, key: EntryKey, reason: str) -> None:
+        with self.lock:
+            self._manager.lost(key, self._first, reason, self._clock())
+
+    def _filled(self, key: EntryKey) -> None:
+        with self.lock:
+            self._carrier.filling.discard(key.id)
+
+    def after(self, transfer: Transfer, then: Callable[[], None]) -> None:
+        """Have ``then`` called from another thread when a transfer is over, well or not."""
+        self._loads.begin(transfer, lambda _: then())
 
     def touch(self, keys: Sequence[EntryKey]) -> Visit:
         """A request uses these entries, maybe none; give the visit to `keep` with what it adds."""
@@ -235,6 +266,7 @@ class KvCache:
 
     def session(self, action: str, session: str, cache_salt: str = "") -> dict[str, object]:
         """See `SessionCommands.carry_out`."""
+        self._fills.wait()
         return self._commands.carry_out(action, session, cache_salt)
 
     @contextlib.contextmanager
@@ -329,6 +361,8 @@ class KvCache:
         """End the moves and close the tiers; what is on NVMe stays for the next server."""
         with self.lock:
             self._closed = True
+        self._fills.close()
+        self._loads.close()
         if self._mover is not None:
             self._mover.close()
         if self._defragmenter is not None:

@@ -10,7 +10,7 @@ from python_backends.errors import EntryLostError, InternalError
 from python_backends.kv.blocks import TIERS, EntryId, EntryKey, Match, Tier
 from python_backends.kv.costs import Piece, choose
 from python_backends.kv.identity import PromptIds
-from python_backends.runtime.base import DecoderRuntime
+from python_backends.runtime.base import DecoderRuntime, Transfer
 
 if TYPE_CHECKING:
     from python_backends.kv.cache import KvCache
@@ -44,6 +44,8 @@ class Hit:
         self._released = False
         self._tries = TRIES
         self._then: Callable[[], None] = lambda: None
+        self.transfer: Transfer | None = None
+        """What `load` began; None: nothing that goes on by itself."""
 
     def find(self) -> None:
         """Look it up; once, by the cache."""
@@ -169,7 +171,10 @@ class Hit:
 
     def load(self, runtime: DecoderRuntime, slot: int, computed: int = 0) -> bool:
         """Put the tokens into a slot, behind those ``computed`` there; False where an entry was lost, and nothing was
-        changed."""
+        changed.
+
+        With True they may still be on their way (`transfer`); entries stay where they are until then.
+        """
         match = self.match
         if match.tail is None or self._loading:
             raise InternalError("nothing was found, or it is not in memory yet")
@@ -178,7 +183,11 @@ class Hit:
                 views = [stack.enter_context(self.cache.view(key)) for key in self._keys_behind(computed)]
             except EntryLostError:
                 return False
-            runtime.import_blocks(slot, views[:-1], views[-1], match.length, keep=self.length, computed=computed)
+            self.transfer = runtime.import_blocks(
+                slot, views[:-1], views[-1], match.length, keep=self.length, computed=computed
+            )
+            if self.transfer is not None:
+                self.cache.after(self.transfer, stack.pop_all().close)
         self.computed = computed
         return True
 

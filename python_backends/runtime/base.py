@@ -176,6 +176,18 @@ class StepOutputs:
     for."""
 
 
+class Transfer(Protocol):
+    """A copy of KV that goes on beside the steps."""
+
+    def done(self) -> bool:
+        """Whether it is over. Raises InternalError: it failed."""
+        ...
+
+    def wait(self) -> None:
+        """Until it is over; from any thread. Raises InternalError: it failed."""
+        ...
+
+
 class DecoderRuntime(Protocol):
     """Executes decoder steps. Not thread-safe: the engine calls it from one thread."""
 
@@ -204,12 +216,18 @@ class DecoderRuntime(Protocol):
         """Put it back, into any slot. A state may be imported many times."""
         ...
 
-    def export_block(self, slot: int, start: int, into: memoryview) -> None:
-        """Copy the block of the computed tokens from ``start`` on into ``kv_layout.block_bytes`` bytes."""
+    def export_block(self, slot: int, start: int, into: memoryview) -> Transfer | None:
+        """Copy the block of the computed tokens from ``start`` on into ``kv_layout.block_bytes`` bytes.
+
+        None: it is there. Later steps and copies of the slot wait for a transfer where they must.
+        """
         ...
 
-    def export_tail(self, slot: int, length: int, into: memoryview) -> None:
-        """Copy the tail at ``length``, the number of tokens computed, into ``kv_layout.tail_bytes(length)`` bytes."""
+    def export_tail(self, slot: int, length: int, into: memoryview) -> Transfer | None:
+        """Copy the tail at ``length``, the number of tokens computed, into ``kv_layout.tail_bytes(length)`` bytes.
+
+        As `export_block`.
+        """
         ...
 
     def import_blocks(
@@ -221,12 +239,13 @@ class DecoderRuntime(Protocol):
         *,
         keep: int | None = None,
         computed: int = 0,
-    ) -> None:
+    ) -> Transfer | None:
         """Put ``length`` tokens into a slot: their full blocks from the first on, and the tail at ``length``.
 
         The slot is then as if it had computed them, bit for bit where it matters. With ``keep`` one less than
         ``length`` it is as if it had computed all but the last: a tail's window reaches that far back. Where the slot
-        has ``computed`` of the tokens already, ``blocks`` begin with the one that holds the next.
+        has ``computed`` of the tokens already, ``blocks`` begin with the one that holds the next. Buffers must stay as
+        they are until the transfer is over (None: it is); steps of the slot wait for it.
         """
         ...
 

@@ -60,17 +60,18 @@ def gpu() -> Iterator[ModuleType]:
         yield importlib.import_module("python_backends.runtime.gpu.open")
 
 
-@pytest.mark.effect("gpu_memory_gb", "enable_cuda_graph")
+@pytest.mark.effect("gpu_memory_gb", "enable_cuda_graph", "num_streams")
 def test_a_device_is_opened_with_its_limits(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver is not asked: what it would be told is looked at. On a card: tests/gpu."""
 
-    def card(_: object, *, use_graphs: bool) -> SimpleNamespace:
-        return SimpleNamespace(use_graphs=use_graphs, memory_limit=80_000_000_000)
+    def card(_: object, *, use_graphs: bool, num_streams: int) -> SimpleNamespace:
+        return SimpleNamespace(use_graphs=use_graphs, num_streams=num_streams, memory_limit=80_000_000_000)
 
     monkeypatch.setattr(gpu, "CudaDevice", card)
-    config = Config(gpu_memory_gb=20.0, enable_cuda_graph=False)
+    config = Config(gpu_memory_gb=20.0, enable_cuda_graph=False, num_streams=2)
     device = gpu.open_device(tmp_path, config)
     assert not device.use_graphs
+    assert device.num_streams == 2
     assert gpu.gpu_options(config, device).memory_limit == 20_000_000_000
     whole = gpu.open_device(tmp_path, dataclasses.replace(config, gpu_memory_gb=200.0, enable_cuda_graph=True))
     assert whole.use_graphs

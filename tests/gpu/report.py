@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ class Report:
         shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
         print(f"[{section}] {shown}", flush=True)
         self.save()
+
+    def guard(self, part: str, run: Callable[[], None]) -> None:
+        """Run a part; one that fails says so and lets the others run."""
+        try:
+            run()
+        except Exception as error:
+            traceback.print_exc()
+            self.row("failed", part=part, error=f"{type(error).__name__}: {error}"[:600])
 
     def save(self) -> None:
         """Write everything so far: a run that is cut off keeps what it measured."""

@@ -10,24 +10,28 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from builders.model_config import ModelConfig, read_model_config
 from builders.random_checkpoint import shape_config
+from python_backends.config import Config
 from python_backends.runtime.gpu.compile import KernelCache
 from python_backends.runtime.gpu.cuda import CudaDevice
 from tests.driver import model_shape
 from tests.gpu import plans
+from tests.gpu.memory import memory_use, used_bytes
 from tests.gpu.parity import parity
 from tests.gpu.report import Report
 from tests.gpu.sampling import sampling_times
 from tests.gpu.steps import Bench, copy_rate
+from tests.gpu.transfers import transfers
 
 DECODE = [(batch, context) for context in (1024, 8192) for batch in (1, 4, 8, 16)]
+SECTIONS = ["parity", "sampling", "decode", "prefill", "breakdown"]
+MORE = ["transfers", "memory", "plans", "vision"]
+CHUNK = 2048
 LONG = [(1, 32_768), (4, 32_768), (1, 131_072)]
 
 
@@ -42,25 +46,29 @@ def main() -> None:
     parser.add_argument("--kv", default="", help="element type of the KV: fp8e4nv, or that of the activations")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("sections", nargs="*", default=["parity", "sampling", "decode", "prefill", "breakdown"])
+    parser.add_argument("--memory-gb", type=float, help="what the decoder may allocate, as gpu_memory_gb; all there is")
+    parser.add_argument("--disk", type=Path, help="folder on the disk to measure; that of --out")
+    parser.add_argument("sections", nargs="*", default=SECTIONS, help=f"{' '.join(SECTIONS)} {' '.join(MORE)}")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     kernels = KernelCache(options.kernels or Path(tempfile.gettempdir()) / "wicore-kernels")
     device = CudaDevice(kernels)
     name = f"gpu-{options.shape}-{options.layers or 'all'}-{options.precision}{options.kv}"
+    if options.sections != SECTIONS:
+        name += f"-{options.slots}x{options.context}-{'-'.join(options.sections)}"
     report = Report(options.out / f"{name}.json", {"gpu": device.name, "capability": device.capability})
     report.row("machine", gpu=device.name, copy_tb_s=copy_rate(device) / 1e12)
     device.close()
     if "parity" in options.sections:
-        _guard(report, "parity", lambda: parity(report, kernels))
+        report.guard("parity", lambda: parity(report, kernels))
     if "sampling" in options.sections:
-        _guard(report, "sampling", lambda: sampling_times(report, kernels))
+        report.guard("sampling", lambda: sampling_times(report, kernels))
     if "plans" in options.sections:
-        _guard(report, "plans", lambda: plans.pieces(report, kernels, _config(options.shape, 2), options.precision))
+        report.guard("plans", lambda: plans.pieces(report, kernels, _config(options.shape, 2), options.precision))
     if "vision" in options.sections:
-        _guard(report, "vision", lambda: plans.vision(report, kernels, options.precision))
+        report.guard("vision", lambda: plans.vision(report, kernels, options.precision))
     if set(options.sections) - {"parity", "sampling", "plans", "vision"}:
-        _guard(report, "steps", lambda: steps(report, kernels, options))
+        report.guard("steps", lambda: steps(report, kernels, options))
 
 
 def _config(shape: str, layers: int | None) -> ModelConfig:
@@ -70,9 +78,11 @@ def _config(shape: str, layers: int | None) -> ModelConfig:
 
 
 def steps(report: Report, kernels: KernelCache, options: argparse.Namespace) -> None:
-    """Times of decode steps and of chunks of prompts."""
+    """Times of decode steps and of chunks of prompts, of transfers beside them, and the memory all of it takes."""
     config = _config(options.shape, options.layers)
-    device = CudaDevice(kernels)
+    limit = int(options.memory_gb * 1e9) if options.memory_gb else None
+    device = CudaDevice(kernels, memory_limit=limit, num_streams=Config().num_streams)
+    used_at_start = used_bytes() - device.allocated_bytes
     bench = Bench.open(
         device,
         model_shape(config),
@@ -80,7 +90,7 @@ def steps(report: Report, kernels: KernelCache, options: argparse.Namespace) -> 
         options.precision,
         slots=options.slots,
         context=options.context,
-        chunk=2048,
+        chunk=CHUNK,
         kv_dtype=options.kv,
     )
     spec = bench.decoder.spec
@@ -94,29 +104,23 @@ def steps(report: Report, kernels: KernelCache, options: argparse.Namespace) -> 
     )
     for batch, context in DECODE + LONG:
         if "decode" in options.sections and batch <= spec.num_slots and context <= spec.max_context_length:
-            _guard(report, "decode", lambda b=batch, c=context: bench.decode(report, "decode", b, c))
+            report.guard("decode", lambda b=batch, c=context: bench.decode(report, "decode", b, c))
     for tokens, past in ((512, 0), (2048, 0), (2048, 4096)):
         if "prefill" in options.sections and past + tokens <= spec.max_context_length:
-            _guard(report, "prefill", lambda t=tokens, p=past: bench.prefill(report, "prefill", t, p))
+            report.guard("prefill", lambda t=tokens, p=past: bench.prefill(report, "prefill", t, p))
     if "breakdown" in options.sections:
         for batch, context, tokens in ((1, 1024, 1), (16, 8192, 1), (1, 4096, 2048)):
             if batch <= spec.num_slots and context <= spec.max_context_length:
-                _guard(
-                    report,
+                report.guard(
                     "breakdown",
                     lambda b=batch, c=context, t=tokens: bench.breakdown(report, f"breakdown-{b}-{c}-{t}", b, c, t),
                 )
+    if "transfers" in options.sections:
+        report.guard("transfers", lambda: transfers(report, bench, options.disk or options.out))
+    if "memory" in options.sections:
+        report.guard("memory", lambda: memory_use(report, bench, CHUNK, used_at_start))
     report.row("end", allocated_gb=device.allocated_bytes / 1e9)
     bench.decoder.close()
-
-
-def _guard(report: Report, section: str, run: Callable[[], None]) -> None:
-    """A section that fails says so and lets the others run."""
-    try:
-        run()
-    except Exception as error:
-        traceback.print_exc()
-        report.row("failed", part=section, error=f"{type(error).__name__}: {error}"[:300])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ Needs what `pip install -e '.[tensorrt-rtx]'` installs. The sections:
 
 - ``demo``: the demo checkpoint in every precision, its held-out set through Triton and the share of equal answers to
   transformers in float32, and the logits' relative error in this process (PyTorch and transformers for that).
-- ``load``: a random checkpoint of ``--shape`` in ``--precision``, closed loops and the cost of Triton.
+- ``load``: a random checkpoint of ``--shape`` in ``--precision``: the GPU's own time of a decode step, the cost of the
+  engine and of Triton (`wicore bench serve`), and closed loops of 1, 8 and 16 streams with the GPU's utilisation.
 
 A precision followed by ``+plans`` runs TensorRT-RTX plans between attentions and for the vision tower.
 """
@@ -18,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,17 +29,26 @@ from builders.build import Options, build
 from builders.checkpoint import open_checkpoint
 from builders.demo.evaluate import BatchAnswerFn, Request, evaluate_batches, transformers_answerer
 from builders.quantize import Precision
+from client.bench.prompts import Prompts
+from client.bench.suite import Plan, closed, warm_up
+from client.bench.targets import ServerTarget
 from client.commands.demo import checkpoint_folder, server_answerer
 from client.server import Server, ServerOptions
 from python_backends import manifest
 from python_backends.config import load as load_config
 from python_backends.decoder.open import open_runtime
+from python_backends.runtime.gpu.decoder import GpuDecoder
 from tests.driver import step_inputs
 from tests.gpu.report import Report
+from tests.gpu.steps import event_ms, graphs_of, greedy_inputs
+from tests.gpu.utilisation import Utilisation
 from tests.reference import reference
 
 PRECISIONS = ("bf16", "bf16+plans", "fp16", "fp16+plans", "fp8", "int8", "int4")
 LOADS = (1, 8, 16)
+PROMPT_TOKENS, ANSWER_TOKENS = 128, 64
+CPU_MEMORY_GB = 4
+"""For kept KV: locking more host memory takes a server's start longer than loading the weights."""
 
 
 def main() -> None:
@@ -56,11 +65,7 @@ def main() -> None:
     report = Report(options.out / "gpu-serve.json", {})
     for section, run in (("demo", demo), ("load", load)):
         if section in options.sections:
-            try:
-                run(report, options)
-            except Exception as error:
-                traceback.print_exc()
-                report.row("failed", part=section, error=f"{type(error).__name__}: {error}"[:600])
+            report.guard(section, lambda run=run: run(report, options))
 
 
 @contextmanager
@@ -68,7 +73,7 @@ def built(checkpoint: Path, precision: str, **settings: object) -> Iterator[Path
     """A repository for the GPU."""
     precision, _, plans = precision.partition("+")
     block = {"int8": (0,), "int4": (128,)}.get(precision, ())
-    settings["enable_kernel_fusion"] = not plans
+    settings = {"cpu_memory_gb": CPU_MEMORY_GB, "enable_kernel_fusion": not plans, **settings}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model_repository"
         build(checkpoint, folder, Options(Precision.of(precision, *block), manifest.TENSORRT_RTX, plans=bool(plans)))
@@ -88,11 +93,7 @@ def demo(report: Report, options: argparse.Namespace) -> None:
         questions=reference_report.questions,
     )
     for precision in options.precisions:
-        try:
-            _demo_in(report, checkpoint, precision, options, wanted)
-        except Exception as error:
-            traceback.print_exc()
-            report.row("failed", part=f"demo {precision}", error=f"{type(error).__name__}: {error}"[:600])
+        report.guard(f"demo {precision}", lambda p=precision: _demo_in(report, checkpoint, p, options, wanted))
 
 
 def _demo_in(report: Report, checkpoint: Path, precision: str, options: argparse.Namespace, wanted: Kept) -> None:
@@ -155,19 +156,90 @@ def _logits_error(checkpoint: Path, folder: Path) -> tuple[float, float]:
 
 
 def load(report: Report, options: argparse.Namespace) -> None:
-    """`wicore bench serve` on a random checkpoint."""
+    """A random checkpoint: a step's graphs alone, `wicore bench serve`, and closed loops with the GPU watched."""
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / f"random-{options.shape}"
+        began = time.monotonic()
         _wicore("random-checkpoint", options.shape, str(checkpoint))
-        with built(checkpoint, options.precision, max_batch_size=16, max_context_length=4096) as folder:
-            batches = [text for batch in LOADS for text in ("--batch", str(batch))]
-            found = _wicore("bench", "serve", "--repository", str(folder), *batches, "--requests", "48", "--json")
-    for line in found.splitlines():
-        report.row("load", **json.loads(line))
+        made = time.monotonic()
+        with built(checkpoint, options.precision, max_batch_size=max(LOADS), max_context_length=4096) as folder:
+            report.row("load", checkpoint_s=made - began, build_s=time.monotonic() - made)
+            graphs: dict[int, float] = {}
+            report.guard("load: graphs", lambda: graphs.update(_graph_ms(report, folder)))
+            report.guard("load: bench serve", lambda: _bench_serve(report, folder, options.out, graphs))
+            report.guard("load: streams", lambda: _streams(report, folder, graphs))
+
+
+def _graph_ms(report: Report, folder: Path) -> dict[int, float]:
+    """Milliseconds of a decode step's graphs on the GPU, by batch, in the middle of the loads' answers."""
+    settings = load_config(folder)
+    began = time.monotonic()
+    decoder = open_runtime(manifest.load(folder), settings)
+    report.row("load", open_decoder_s=time.monotonic() - began)
+    assert isinstance(decoder, GpuDecoder)
+    try:
+        found = {}
+        for batch in LOADS:
+            inputs = greedy_inputs(decoder.spec.vocab_size, batch, PROMPT_TOKENS + ANSWER_TOKENS // 2)
+            graphs = graphs_of(decoder, inputs)
+            found[batch] = event_ms(decoder._device, lambda replay=graphs: [graph.replay() for graph in replay])
+            report.row("load", batch=batch, graph_ms=found[batch])
+        return found
+    finally:
+        decoder.close()
+
+
+def _bench_serve(report: Report, folder: Path, out: Path, graphs: dict[int, float]) -> None:
+    """The engine alone and through Triton, in turns; everything that the command says goes into a file."""
+    batches = [text for batch in LOADS for text in ("--batch", str(batch))]
+    sizes = ("--prompt-tokens", str(PROMPT_TOKENS), "--output-tokens", str(ANSWER_TOKENS), "--requests", "48")
+    text = _wicore("bench", "serve", "--repository", str(folder), *batches, *sizes, "--json")
+    (out / "gpu-bench-serve.json").write_text(text)
+    found = json.loads(text)
+    for index, batch in enumerate(LOADS):
+        steps = {name: target["decode"][index]["step_ms"] for name, target in found["targets"].items()}
+        graph = graphs.get(batch, float("nan"))
+        report.row(
+            "load-decode",
+            batch=batch,
+            graph_ms=graph,
+            **{f"{name}_step_ms": step for name, step in steps.items()},
+            **{f"{name}_not_the_graphs": 1 - graph / step for name, step in steps.items()},
+            **{f"triton_{name}": value for name, value in found["cost"][index].items() if name != "batch"},
+        )
+    for name, target in found["targets"].items():
+        report.row("load-prefill", target=name, **target["prefill"])
+
+
+def _streams(report: Report, folder: Path, graphs: dict[int, float]) -> None:
+    """Closed loops through Triton, long enough for NVML to see them."""
+    with Server(ServerOptions(folder, http_port=0, grpc_port=0, metrics_port=0)) as server:
+        target, prompts = ServerTarget(server.addresses.grpc), Prompts(folder, 1)
+        try:
+            warm_up(target, prompts, Plan(PROMPT_TOKENS, ANSWER_TOKENS, batches=LOADS))
+            for streams, requests in zip(LOADS, (32, 160, 256), strict=True):
+                plan = Plan(PROMPT_TOKENS, ANSWER_TOKENS, batches=(streams,), requests=requests)
+                with Utilisation() as gpu:
+                    found = closed(target, prompts, plan, streams)
+                steps = found.pop("steps")
+                graph = graphs.get(streams, float("nan"))
+                report.row(
+                    "load-streams",
+                    **found,
+                    gpu_percent=gpu.mean,
+                    graph_ms=graph,
+                    not_the_graphs=1 - graph / found["inter_token_p50_ms"],
+                    **{f"engine_{name}": value for name, value in steps.items()},
+                )
+            server.check()
+        finally:
+            target.close()
 
 
 def _wicore(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "client.cli", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "client.cli", *arguments], capture_output=True, text=True, check=False, timeout=420
+    )
     if done.returncode:
         raise RuntimeError(f"wicore {arguments[0]}: {done.stdout[-600:]} {done.stderr[-2000:]}")
     return done.stdout

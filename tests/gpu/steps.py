@@ -18,7 +18,7 @@ from builders.model_config import TextConfig
 from builders.quantize import PrecisionName
 from python_backends.manifest import ModelShape
 from python_backends.runtime.base import StepInputs
-from python_backends.runtime.gpu.cuda import CudaDevice
+from python_backends.runtime.gpu.cuda import CudaDevice, CudaRecording
 from python_backends.runtime.gpu.decoder import GpuDecoder, GpuOptions
 from python_backends.runtime.gpu.device_weights import DeviceWeights
 from python_backends.runtime.gpu.inputs import StepLayout, bucket_of
@@ -55,6 +55,30 @@ def copy_rate(device: CudaDevice) -> float:
     for address in (source, target):
         cu.cuMemFree(address)
     return 2 * size / milliseconds * 1e3
+
+
+def greedy_inputs(vocab_size: int, batch: int, past: int, tokens: int = 1) -> StepInputs:
+    """A greedy step of ``batch`` rows of ``tokens`` tokens after ``past`` in every slot."""
+    rng = np.random.default_rng(2)
+    return StepInputs(
+        first_slot=0,
+        input_ids=rng.integers(10, vocab_size - 10, (batch, tokens), np.int32),
+        past_len=np.full(batch, past, np.int32),
+        query_len=np.full(batch, tokens, np.int32),
+        logit_positions=np.full((batch, 1), tokens - 1, np.int32),
+        temperature=np.zeros(batch, np.float32),
+        top_k=np.zeros(batch, np.int32),
+        top_p=np.ones(batch, np.float32),
+        min_p=np.zeros(batch, np.float32),
+        uniform=np.full((batch, 1), 0.5, np.float32),
+    )
+
+
+def graphs_of(decoder: GpuDecoder, inputs: StepInputs) -> list[CudaRecording]:
+    """What a step replays, after it has run once."""
+    decoder.step(inputs)
+    bucket = bucket_of(inputs)
+    return [decoder.recordings["layers", bucket.body], decoder.recordings["head", bucket]]
 
 
 @dataclass(frozen=True)
@@ -103,28 +127,14 @@ class Bench:
 
     def inputs(self, batch: int, past: int, tokens: int = 1) -> StepInputs:
         """A greedy step of ``batch`` rows after ``past`` tokens."""
-        rng = np.random.default_rng(2)
-        return StepInputs(
-            first_slot=0,
-            input_ids=rng.integers(10, self.model.vocab_size - 10, (batch, tokens), np.int32),
-            past_len=np.full(batch, past, np.int32),
-            query_len=np.full(batch, tokens, np.int32),
-            logit_positions=np.full((batch, 1), tokens - 1, np.int32),
-            temperature=np.zeros(batch, np.float32),
-            top_k=np.zeros(batch, np.int32),
-            top_p=np.ones(batch, np.float32),
-            min_p=np.zeros(batch, np.float32),
-            uniform=np.full((batch, 1), 0.5, np.float32),
-        )
+        return greedy_inputs(self.model.vocab_size, batch, past, tokens)
 
     def decode(self, report: Report, section: str, batch: int, context: int) -> None:
         """Time one decode step."""
         inputs = self.inputs(batch, context - 1)
         first = time.perf_counter()
-        self.decoder.step(inputs)
+        replay = graphs_of(self.decoder, inputs)
         first = time.perf_counter() - first
-        bucket = bucket_of(inputs)
-        replay = [self.decoder.recordings[("layers", bucket.body)], self.decoder.recordings[("head", bucket)]]
         milliseconds = event_ms(self.device, lambda: [recording.replay() for recording in replay])
         began = time.perf_counter()
         for _ in range(REPEATS):
@@ -147,9 +157,7 @@ class Bench:
     def prefill(self, report: Report, section: str, tokens: int, past: int = 0) -> None:
         """Time one chunk of a prompt."""
         inputs = self.inputs(1, past, tokens)
-        self.decoder.step(inputs)
-        bucket = bucket_of(inputs)
-        replay = [self.decoder.recordings[("layers", bucket.body)], self.decoder.recordings[("head", bucket)]]
+        replay = graphs_of(self.decoder, inputs)
         milliseconds = event_ms(self.device, lambda: [recording.replay() for recording in replay], 5)
         text = self.text
         width = text.num_heads * text.head_dim

@@ -11,8 +11,11 @@ from cuda.bindings import driver as cu
 from numpy.typing import NDArray
 
 from python_backends.errors import ArtifactError, ConfigError, InternalError
+from python_backends.runtime.base import Transfer
 from python_backends.runtime.gpu.compile import Compiled, KernelCache
-from python_backends.runtime.gpu.launch import ALIGNMENT, Launch, Operation, Piece, Tensor
+from python_backends.runtime.gpu.copies import CopyStreams, CudaTransfer
+from python_backends.runtime.gpu.driver import check
+from python_backends.runtime.gpu.launch import ALIGNMENT, Copy, Launch, Operation, Tensor
 
 _STATIC_SHARED_BYTES = 48 * 1024
 """Shared memory a kernel may use without asking for more."""
@@ -28,21 +31,29 @@ class CudaDevice:
         memory_limit: bytes that may be allocated; more is refused.
         ordinal: which GPU.
         use_graphs: record steps as CUDA graphs; without, every replay launches each kernel anew.
+        num_streams: one for the steps and the others for KV that leaves and enters (`CopyStreams`), each of which takes
+            8 MB of the memory; with one stream it waits in line with the steps.
 
     Raises:
         ArtifactError: no driver or no such GPU.
     """
 
     def __init__(
-        self, kernels: KernelCache, *, memory_limit: int | None = None, ordinal: int = 0, use_graphs: bool = True
+        self,
+        kernels: KernelCache,
+        *,
+        memory_limit: int | None = None,
+        ordinal: int = 0,
+        use_graphs: bool = True,
+        num_streams: int = 1,
     ) -> None:
         self._kernels = kernels
         self._use_graphs = use_graphs
         self._handle = _open_device(ordinal)
-        self._context = _check(cu.cuDevicePrimaryCtxRetain(self._handle))
+        self._context = check(cu.cuDevicePrimaryCtxRetain(self._handle))
         self.activate()
-        self._stream = _check(cu.cuStreamCreate(cu.CUstream_flags.CU_STREAM_NON_BLOCKING))
-        free, self.total_bytes = _check(cu.cuMemGetInfo())
+        self._stream = check(cu.cuStreamCreate(cu.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        free, self.total_bytes = check(cu.cuMemGetInfo())
         self.memory_limit = min(free, memory_limit) if memory_limit else free
         self.allocated_bytes = 0
         self._allocations: list[int] = []
@@ -50,17 +61,20 @@ class CudaDevice:
         self._modules: list[Any] = []
         self._graphs: list[CudaRecording] = []
         self._staging = HostBuffer(_STAGING_BYTES)
-        self._staging_free = _check(cu.cuEventCreate(cu.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+        self._staging_free = check(cu.cuEventCreate(cu.CUevent_flags.CU_EVENT_DISABLE_TIMING))
         attribute = cu.CUdevice_attribute
         major, minor = (
-            _check(cu.cuDeviceGetAttribute(name, self._handle))
+            check(cu.cuDeviceGetAttribute(name, self._handle))
             for name in (
                 attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
                 attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
             )
         )
         self._capability = int(major) * 10 + int(minor)
-        self.name = _check(cu.cuDeviceGetName(128, self._handle)).split(b"\0")[0].decode()
+        self.name = check(cu.cuDeviceGetName(128, self._handle)).split(b"\0")[0].decode()
+        self._copies = CopyStreams(
+            self._context, self._stream, num_streams - 1, lambda size: self.allocate("u8", size).address
+        )
 
     @property
     def capability(self) -> int:
@@ -74,7 +88,7 @@ class CudaDevice:
 
     def activate(self) -> None:
         """Make the GPU's context current in the calling thread."""
-        _check(cu.cuCtxSetCurrent(self._context))
+        check(cu.cuCtxSetCurrent(self._context))
 
     # --- memory -----------------------------------------------------------------------------------------------
 
@@ -88,7 +102,7 @@ class CudaDevice:
                 f"gpu_memory_gb or what is free ({self.memory_limit / 1e9:.2f} GB); raise it, free the GPU's memory, "
                 "or take fewer slots, a shorter context or a smaller --precision"
             )
-        address = int(_check(cu.cuMemAlloc(size)))
+        address = int(check(cu.cuMemAlloc(size)))
         self._allocations.append(address)
         self.allocated_bytes += size
         return Tensor(address, dtype, shape)
@@ -100,36 +114,41 @@ class CudaDevice:
             raise InternalError(f"{flat.nbytes} bytes for a tensor of {tensor.num_bytes}")
         for start in range(0, flat.nbytes, _STAGING_BYTES):
             part = flat[start : start + _STAGING_BYTES]
-            _check(cu.cuEventSynchronize(self._staging_free))
+            check(cu.cuEventSynchronize(self._staging_free))
             self._staging.array[: part.nbytes] = part
             address = self._staging.address
-            _check(cu.cuMemcpyHtoDAsync(tensor.address + start, address, part.nbytes, self._stream))
-            _check(cu.cuEventRecord(self._staging_free, self._stream))
+            check(cu.cuMemcpyHtoDAsync(tensor.address + start, address, part.nbytes, self._stream))
+            check(cu.cuEventRecord(self._staging_free, self._stream))
 
     def read(self, tensor: Tensor, into: NDArray[Any] | None = None) -> NDArray[Any]:
         """See `Device.read`."""
         from python_backends.runtime.gpu.launch import DTYPES
 
         target = np.empty(tensor.shape, DTYPES[tensor.dtype]) if into is None else into
-        _check(cu.cuMemcpyDtoHAsync(target.ctypes.data, tensor.address, tensor.num_bytes, self._stream))
-        self.synchronize()
+        check(cu.cuMemcpyDtoHAsync(target.ctypes.data, tensor.address, tensor.num_bytes, self._stream))
+        check(cu.cuStreamSynchronize(self._stream))
         return target
 
     def fill_zero(self, tensor: Tensor) -> None:
         """See `Device.fill_zero`."""
-        _check(cu.cuMemsetD8Async(tensor.address, 0, tensor.num_bytes, self._stream))
+        check(cu.cuMemsetD8Async(tensor.address, 0, tensor.num_bytes, self._stream))
 
-    def copy_out(self, piece: Piece, into: memoryview) -> None:
+    def copy_out(self, copies: Sequence[Copy], after: Sequence[Transfer] = ()) -> CudaTransfer:
         """See `Device.copy_out`."""
-        copy_out(piece, into, self._stream)
+        return self._copies.copy(copies, after, out=True)
 
-    def copy_in(self, piece: Piece, payload: memoryview) -> None:
+    def copy_in(self, copies: Sequence[Copy], after: Sequence[Transfer] = ()) -> CudaTransfer:
         """See `Device.copy_in`."""
-        copy_in(piece, payload, self._stream)
+        return self._copies.copy(copies, after, out=False)
+
+    def wait_for(self, transfer: Transfer) -> None:
+        """See `Device.wait_for`."""
+        self._copies.order(self._stream, transfer)
 
     def synchronize(self) -> None:
         """See `Device.synchronize`."""
-        _check(cu.cuStreamSynchronize(self._stream))
+        check(cu.cuStreamSynchronize(self._stream))
+        self._copies.synchronize()
 
     # --- kernels ----------------------------------------------------------------------------------------------
 
@@ -155,28 +174,29 @@ class CudaDevice:
         return KernelLaunch(self._functions[compiled.key], compiled, launch)
 
     def _load(self, compiled: Compiled) -> Any:
-        module = _check(cu.cuModuleLoadData(compiled.cubin))
+        module = check(cu.cuModuleLoadData(compiled.cubin))
         self._modules.append(module)
-        function = _check(cu.cuModuleGetFunction(module, compiled.name.encode()))
+        function = check(cu.cuModuleGetFunction(module, compiled.name.encode()))
         if compiled.shared_bytes > _STATIC_SHARED_BYTES:
             name = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(cu.cuFuncSetAttribute(function, name, compiled.shared_bytes))
+            check(cu.cuFuncSetAttribute(function, name, compiled.shared_bytes))
         return function
 
     def close(self) -> None:
         """See `Device.close`."""
         self.activate()
         self.synchronize()
+        self._copies.close()
         for graph in self._graphs:
             graph.close()
         for module in self._modules:
-            _check(cu.cuModuleUnload(module))
+            check(cu.cuModuleUnload(module))
         for address in self._allocations:
-            _check(cu.cuMemFree(address))
+            check(cu.cuMemFree(address))
         self._staging.close()
         self._graphs, self._modules, self._allocations, self._functions = [], [], [], {}
-        _check(cu.cuStreamDestroy(self._stream))
-        _check(cu.cuDevicePrimaryCtxRelease(self._handle))
+        check(cu.cuStreamDestroy(self._stream))
+        check(cu.cuDevicePrimaryCtxRelease(self._handle))
 
 
 class KernelLaunch:
@@ -200,7 +220,7 @@ class KernelLaunch:
     def issue(self, stream: int) -> None:
         """See `Operation.issue`."""
         packed = ctypes.addressof(self._packed)
-        _check(cu.cuLaunchKernel(self._function, *self._grid, self._threads, 1, 1, self._shared, stream, packed, 0))
+        check(cu.cuLaunchKernel(self._function, *self._grid, self._threads, 1, 1, self._shared, stream, packed, 0))
 
 
 class CudaRecording:
@@ -212,20 +232,20 @@ class CudaRecording:
         if as_graph:
             for operation in operations:  # what a first use allocates or tunes cannot happen while recording
                 operation.issue(int(stream))
-            _check(cu.cuStreamSynchronize(stream))
-            _check(cu.cuStreamBeginCapture(stream, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
+            check(cu.cuStreamSynchronize(stream))
+            check(cu.cuStreamBeginCapture(stream, cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
             try:
                 for operation in operations:
                     operation.issue(int(stream))
             finally:
-                graph = _check(cu.cuStreamEndCapture(stream))
-            self._executable = _check(cu.cuGraphInstantiate(graph, 0))
-            _check(cu.cuGraphDestroy(graph))
+                graph = check(cu.cuStreamEndCapture(stream))
+            self._executable = check(cu.cuGraphInstantiate(graph, 0))
+            check(cu.cuGraphDestroy(graph))
 
     def replay(self) -> None:
         """See `Recording.replay`."""
         if self._executable is not None:
-            _check(cu.cuGraphLaunch(self._executable, self._stream))
+            check(cu.cuGraphLaunch(self._executable, self._stream))
             return
         for operation in self._operations:
             operation.issue(int(self._stream))
@@ -233,7 +253,7 @@ class CudaRecording:
     def close(self) -> None:
         """Free the graph."""
         if self._executable is not None:
-            _check(cu.cuGraphExecDestroy(self._executable))
+            check(cu.cuGraphExecDestroy(self._executable))
             self._executable = None
 
 
@@ -243,42 +263,13 @@ class HostBuffer:
     def __init__(self, num_bytes: int) -> None:
         """Needs a current context."""
         flags = cu.CU_MEMHOSTALLOC_PORTABLE | cu.CU_MEMHOSTALLOC_DEVICEMAP
-        self.address = int(_check(cu.cuMemHostAlloc(num_bytes, flags)))
+        self.address = int(check(cu.cuMemHostAlloc(num_bytes, flags)))
         raw = (ctypes.c_uint8 * num_bytes).from_address(self.address)
         self.array: NDArray[np.uint8] = np.frombuffer(memoryview(raw), np.uint8)
 
     def close(self) -> None:
         """Give it back; nothing may use ``array`` afterwards."""
-        _check(cu.cuMemFreeHost(self.address))
-
-
-def copy_out(piece: Piece, into: memoryview, stream: Any) -> None:
-    """Enqueue the copy of a piece to the host."""
-    _copy(piece, np.frombuffer(into, np.uint8).ctypes.data, stream, out=True)
-
-
-def copy_in(piece: Piece, payload: memoryview, stream: Any) -> None:
-    """Enqueue the copy of a piece from the host."""
-    _copy(piece, np.frombuffer(payload, np.uint8).ctypes.data, stream, out=False)
-
-
-def _copy(piece: Piece, host: int, stream: Any, *, out: bool) -> None:
-    if piece.height == 1:
-        if out:
-            _check(cu.cuMemcpyDtoHAsync(host, piece.address, piece.width, stream))
-        else:
-            _check(cu.cuMemcpyHtoDAsync(piece.address, host, piece.width, stream))
-        return
-    device_type, host_type = cu.CUmemorytype.CU_MEMORYTYPE_DEVICE, cu.CUmemorytype.CU_MEMORYTYPE_HOST
-    copy = cu.CUDA_MEMCPY2D()
-    copy.WidthInBytes, copy.Height = piece.width, piece.height
-    if out:
-        copy.srcMemoryType, copy.srcDevice, copy.srcPitch = device_type, cu.CUdeviceptr(piece.address), piece.pitch
-        copy.dstMemoryType, copy.dstHost, copy.dstPitch = host_type, host, piece.width
-    else:
-        copy.srcMemoryType, copy.srcHost, copy.srcPitch = host_type, host, piece.width
-        copy.dstMemoryType, copy.dstDevice, copy.dstPitch = device_type, cu.CUdeviceptr(piece.address), piece.pitch
-    _check(cu.cuMemcpy2DAsync(copy, stream))
+        check(cu.cuMemFreeHost(self.address))
 
 
 def _open_device(ordinal: int) -> Any:
@@ -291,23 +282,7 @@ def _open_device(ordinal: int) -> Any:
         ) from error
     if status != cu.CUresult.CUDA_SUCCESS:
         raise ArtifactError(f"the NVIDIA driver cannot be used ({status.name}); does nvidia-smi list the GPU?")
-    count = _check(cu.cuDeviceGetCount())
+    count = check(cu.cuDeviceGetCount())
     if ordinal >= count:
         raise ArtifactError(f"GPU {ordinal} of {count}; set CUDA_VISIBLE_DEVICES, or build with --runtime onnxruntime")
-    return _check(cu.cuDeviceGet(ordinal))
-
-
-def _check(result: tuple[Any, ...]) -> Any:
-    """The values of a driver call.
-
-    Raises:
-        InternalError: the driver's error.
-    """
-    error, *values = result
-    if error != cu.CUresult.CUDA_SUCCESS:
-        _, name = cu.cuGetErrorName(error)
-        _, text = cu.cuGetErrorString(error)
-        raise InternalError(f"{name.decode()}: {text.decode()}")
-    if not values:
-        return None
-    return values[0] if len(values) == 1 else tuple(values)
+    return check(cu.cuDeviceGet(ordinal))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from python_backends.errors import InternalError
 from python_backends.manifest import ModelShape
-from python_backends.runtime.base import DecoderSpec, KvLayout, SlotState, StepInputs, StepOutputs
+from python_backends.runtime.base import DecoderSpec, KvLayout, SlotState, StepInputs, StepOutputs, Transfer
 from python_backends.runtime.checks import check_step
 from python_backends.runtime.gpu.device_weights import DeviceWeights
 from python_backends.runtime.gpu.inputs import DECODE_POSITIONS, Bucket, StepLayout, bucket_of
@@ -170,7 +170,8 @@ class GpuDecoder:
             for row, (past, query) in enumerate(zip(inputs.past_len, inputs.query_len, strict=True))
             if query > 0
         ]
-        for slot, past, _ in rows:
+        for slot, past, query in rows:
+            self.kv.begin_step(slot, past, past + query)
             if past == 0:
                 self.kv.release(slot)
         self.kv.reserve([(slot, past + query) for slot, past, query in rows])
@@ -239,23 +240,23 @@ class GpuDecoder:
         self._device.activate()
         self.kv.import_slot(slot, state)
 
-    def export_block(self, slot: int, start: int, into: memoryview) -> None:
+    def export_block(self, slot: int, start: int, into: memoryview) -> Transfer:
         """See `DecoderRuntime.export_block`.
 
         Raises:
             InternalError: no such slot or block, or a buffer of another size.
         """
         self._device.activate()
-        self.kv.export(self.kv.block(slot, start), into)
+        return self.kv.export_block(slot, start, into)
 
-    def export_tail(self, slot: int, length: int, into: memoryview) -> None:
+    def export_tail(self, slot: int, length: int, into: memoryview) -> Transfer:
         """See `DecoderRuntime.export_tail`.
 
         Raises:
             InternalError: no such slot, more tokens than one holds, or a buffer of another size.
         """
         self._device.activate()
-        self.kv.export(self.kv.tail(slot, length), into)
+        return self.kv.export_tail(slot, length, into)
 
     def import_blocks(
         self,
@@ -266,7 +267,7 @@ class GpuDecoder:
         *,
         keep: int | None = None,
         computed: int = 0,
-    ) -> None:
+    ) -> Transfer:
         """See `DecoderRuntime.import_blocks`. Pages hold tokens by their position: ``keep`` changes nothing.
 
         Raises:
@@ -279,12 +280,7 @@ class GpuDecoder:
                 f"{len(blocks)} blocks of {size} tokens for {kept} of {length} tokens behind {computed} computed"
             )
         self._device.activate()
-        tail_pieces = self.kv.tail(slot, length)  # checked before anything is reserved
-        self.kv.reserve([(slot, length)])
-        for index, block in enumerate(blocks, first):
-            self.kv.import_(self.kv.block(slot, index * size), block)
-        tail_pieces = self.kv.tail(slot, length)
-        self.kv.import_(tail_pieces, tail)
+        return self.kv.import_blocks(slot, blocks, tail, length, first=first)
 
     def max_draft(self, past_len: int, wanted: int) -> int:
         """See `DecoderRuntime.max_draft`: a ring keeps its window while a few more tokens are written."""

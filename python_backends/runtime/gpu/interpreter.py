@@ -10,7 +10,7 @@ import ctypes
 import importlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from python_backends.errors import InternalError
-from python_backends.runtime.gpu.launch import ALIGNMENT, DTYPES, Launch, Operation, Piece, Tensor
+from python_backends.runtime.base import Transfer
+from python_backends.runtime.gpu.launch import ALIGNMENT, DTYPES, Copy, Launch, Operation, Piece, Tensor
 
 _KERNELS = "python_backends.runtime.gpu.kernels"
 
@@ -80,13 +81,25 @@ class InterpreterDevice:
         """See `Device.fill_zero`."""
         ctypes.memset(tensor.address, 0, tensor.num_bytes)
 
-    def copy_out(self, piece: Piece, into: memoryview) -> None:
+    def copy_out(self, copies: Sequence[Copy], after: Sequence[Transfer] = ()) -> Transfer:
         """See `Device.copy_out`."""
-        np.frombuffer(into, np.uint8).reshape(piece.height, piece.width)[...] = _runs(piece)
+        for transfer in after:
+            transfer.wait()
+        for piece, part in _parts(copies):
+            part[...] = _runs(piece)
+        return Done()
 
-    def copy_in(self, piece: Piece, payload: memoryview) -> None:
+    def copy_in(self, copies: Sequence[Copy], after: Sequence[Transfer] = ()) -> Transfer:
         """See `Device.copy_in`."""
-        _runs(piece)[...] = np.frombuffer(payload, np.uint8).reshape(piece.height, piece.width)
+        for transfer in after:
+            transfer.wait()
+        for piece, part in _parts(copies):
+            _runs(piece)[...] = part
+        return Done()
+
+    def wait_for(self, transfer: Transfer) -> None:
+        """See `Device.wait_for`."""
+        transfer.wait()
 
     def synchronize(self) -> None:
         """See `Device.synchronize`: nothing is ever pending."""
@@ -94,6 +107,17 @@ class InterpreterDevice:
     def close(self) -> None:
         """See `Device.close`."""
         self._memory.clear()
+
+
+class Done:
+    """`Transfer` that was over when it began."""
+
+    def done(self) -> bool:
+        """See `Transfer.done`."""
+        return True
+
+    def wait(self) -> None:
+        """See `Transfer.wait`."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +144,16 @@ def host_view(tensor: Tensor) -> NDArray[Any]:
     raw = (ctypes.c_uint8 * tensor.num_bytes).from_address(tensor.address)
     found: NDArray[Any] = np.frombuffer(memoryview(raw), DTYPES[tensor.dtype]).reshape(tensor.shape)
     return found
+
+
+def _parts(copies: Sequence[Copy]) -> Iterator[tuple[Piece, NDArray[np.uint8]]]:
+    """Each piece with its host memory, [height, width]."""
+    for pieces, payload in copies:
+        offset = 0
+        for piece in pieces:
+            flat = np.frombuffer(payload[offset : offset + piece.num_bytes], np.uint8)
+            yield piece, flat.reshape(piece.height, piece.width)
+            offset += piece.num_bytes
 
 
 def _runs(piece: Piece) -> NDArray[np.uint8]:

@@ -3,11 +3,15 @@
 A page of a group of layers is one piece of memory, ``[layers, 2, kv_heads, 64, head_dim]``, so a block of the KV tiers
 is a few whole pages and leaves the device in as many copies. A tail is made of parts of pages: token ranges of every
 head, one strided copy a page.
+
+Copies go on beside the steps. What a step would disturb, or needs, it waits for on the device (`PagedKv.begin_step`):
+blocks stay as they are until the slot begins anew, a tail's window until a ring has gone round.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +20,8 @@ from numpy.typing import NDArray
 
 from python_backends.errors import ConfigError, InternalError
 from python_backends.manifest import ModelShape
-from python_backends.runtime.base import KvLayout, SlotState
-from python_backends.runtime.gpu.launch import DTYPES, Device, Piece, Tensor
+from python_backends.runtime.base import KvLayout, SlotState, Transfer
+from python_backends.runtime.gpu.launch import DTYPES, Copy, Device, Piece, Tensor
 from python_backends.runtime.gpu.pages import PAGE_TOKENS, PageTable, ring_pages, ring_table
 
 LAYOUT_VERSION = 1
@@ -25,6 +29,7 @@ LAYOUT_VERSION = 1
 LOOKAHEAD = 8
 """Tokens of a decode step: the next one and drafts."""
 SHORTEST_CONTEXT = 512
+UNBOUNDED = 2**31
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,15 @@ class PagedState:
         return self.payload.nbytes
 
 
+@dataclass(frozen=True, eq=False)
+class _SlotCopy:
+    """A copy of a slot's KV, out or in."""
+
+    transfer: Transfer
+    until: int
+    """Tokens that the slot may grow to meanwhile; 0: the slot is being filled."""
+
+
 class PagedKv:
     """Pools, tables and their copies. Not thread-safe."""
 
@@ -113,6 +127,8 @@ class PagedKv:
         self.local_pool = device.allocate(dtype, max(1, sizes.num_slots * sizes.ring), max(1, sizes.num_local), *shape)
         self.pages = PageTable(sizes.num_slots, sizes.context_length // PAGE_TOKENS, sizes.global_pages)
         self.ring = ring_table(sizes.num_slots, sizes.ring)
+        self._copies: defaultdict[int, deque[_SlotCopy]] = defaultdict(deque)
+        """By slot, those that may not be over."""
         self.global_table = device.allocate("i32", *self.pages.table.shape)
         self.local_table = device.allocate("i32", *self.ring.shape)
         device.write(self.global_table, self.pages.table)
@@ -168,36 +184,40 @@ class PagedKv:
             pieces += self._locals(slot, max(0, length - self.layout.window), length)
         return pieces
 
-    def export(self, pieces: Sequence[Piece], into: memoryview) -> None:
-        """Copy pieces out, one after the other.
+    def export_block(self, slot: int, start: int, into: memoryview) -> Transfer:
+        """Start to copy a block out; tokens may be appended meanwhile.
 
         Raises:
-            InternalError: a buffer of another size.
+            InternalError: as `block`, or a buffer of another size.
         """
-        _check_bytes(into, sum(piece.num_bytes for piece in pieces))
-        offset = 0
-        for piece in pieces:
-            self._device.copy_out(piece, into[offset : offset + piece.num_bytes])
-            offset += piece.num_bytes
-        self._device.synchronize()
+        return self._export(slot, self.block(slot, start), into, UNBOUNDED)
 
-    def import_(self, pieces: Sequence[Piece], payload: memoryview) -> None:
-        """Copy pieces in, the reverse of `export`.
+    def export_tail(self, slot: int, length: int, into: memoryview) -> Transfer:
+        """Start to copy a tail out; tokens may be appended meanwhile until a ring would reach its window.
 
         Raises:
-            InternalError: a buffer of another size.
+            InternalError: as `tail`, or a buffer of another size.
         """
-        _check_bytes(payload, sum(piece.num_bytes for piece in pieces))
-        offset = 0
-        for piece in pieces:
-            self._device.copy_in(piece, payload[offset : offset + piece.num_bytes])
-            offset += piece.num_bytes
-        self._device.synchronize()
+        return self._export(slot, self.tail(slot, length), into, self._kept_until(length))
+
+    def import_blocks(
+        self, slot: int, blocks: Sequence[memoryview], tail: memoryview, length: int, first: int = 0
+    ) -> Transfer:
+        """Start to fill a slot with ``length`` tokens, from block ``first`` on; its pages are reserved here.
+
+        Raises:
+            InternalError: as `tail`, or a buffer of another size.
+        """
+        size = self.layout.block_tokens
+        self._check(slot, length)
+        self.reserve([(slot, length)])
+        copies: list[Copy] = [(self.block(slot, index * size), block) for index, block in enumerate(blocks, first)]
+        return self._import(slot, [*copies, (self.tail(slot, length), tail)])
 
     def export_slot(self, slot: int, length: int) -> PagedState:
         """Everything of ``length`` tokens, in host memory."""
         payload = np.empty(self._slot_bytes(length), np.uint8)
-        self.export(self._whole(slot, length), payload.data)
+        self._device.copy_out([(self._whole(slot, length), payload.data)], self._fills(slot)).wait()
         return PagedState(length, payload, self.layout.identity)
 
     def import_slot(self, slot: int, state: SlotState) -> None:
@@ -209,7 +229,45 @@ class PagedKv:
         if not isinstance(state, PagedState) or state.identity != self.layout.identity:
             raise InternalError(f"a slot state of another runtime: {type(state).__name__}")
         self.reserve([(slot, state.length)])
-        self.import_(self._whole(slot, state.length), state.payload.data)
+        self._import(slot, [(self._whole(slot, state.length), state.payload.data)])
+
+    def begin_step(self, slot: int, start: int, stop: int) -> None:
+        """Before a step appends the tokens ``start … stop − 1`` to a slot, or begins anew there (``start`` 0): it waits
+        on the device for the copies that it would disturb, or that fill the slot."""
+        copies = self._begun(slot)
+        for copy in [each for each in copies if start == 0 or stop > each.until]:
+            self._device.wait_for(copy.transfer)
+            copies.remove(copy)
+
+    def _begun(self, slot: int) -> deque[_SlotCopy]:
+        """A slot's copies, without the oldest that are over."""
+        copies = self._copies[slot]
+        while copies and copies[0].transfer.done():
+            copies.popleft()
+        return copies
+
+    def _export(self, slot: int, pieces: Sequence[Piece], into: memoryview, until: int) -> Transfer:
+        _check_bytes(into, pieces)
+        transfer = self._device.copy_out([(pieces, into)], self._fills(slot))
+        self._copies[slot].append(_SlotCopy(transfer, until))
+        return transfer
+
+    def _import(self, slot: int, copies: Sequence[Copy]) -> Transfer:
+        for pieces, payload in copies:
+            _check_bytes(payload, pieces)
+        transfer = self._device.copy_in(copies, [copy.transfer for copy in self._begun(slot)])
+        self._copies[slot].append(_SlotCopy(transfer, 0))
+        return transfer
+
+    def _fills(self, slot: int) -> list[Transfer]:
+        """Copies into a slot that may not be over."""
+        return [copy.transfer for copy in self._begun(slot) if copy.until == 0]
+
+    def _kept_until(self, length: int) -> int:
+        """Tokens that a slot may grow to before a page of the window behind ``length`` tokens is written again."""
+        if not self._sizes.num_local:
+            return UNBOUNDED
+        return (max(0, length - self.layout.window) // PAGE_TOKENS + self._sizes.ring) * PAGE_TOKENS
 
     def _whole(self, slot: int, length: int) -> list[Piece]:
         full = length - length % self.layout.block_tokens
@@ -247,7 +305,8 @@ class PagedKv:
             )
 
 
-def _check_bytes(payload: memoryview, wanted: int) -> None:
+def _check_bytes(payload: memoryview, pieces: Sequence[Piece]) -> None:
+    wanted = sum(piece.num_bytes for piece in pieces)
     if payload.nbytes != wanted:
         raise InternalError(f"a buffer of {payload.nbytes} bytes; this block or tail has {wanted}")
 

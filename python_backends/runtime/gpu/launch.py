@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from python_backends.runtime.base import Transfer
+
 DTYPES: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
     "bf16": np.dtype(ml_dtypes.bfloat16),
@@ -92,6 +94,10 @@ class Piece:
         return self.width * self.height
 
 
+Copy = tuple[Sequence[Piece], memoryview]
+"""Pieces and the host memory that holds them one behind the other; it must stay until the copy is over."""
+
+
 class Operation(Protocol):
     """Something else than a kernel that a device issues in order, a plan for instance."""
 
@@ -153,16 +159,20 @@ class Device(Protocol):
         """Zero every byte."""
         ...
 
-    def copy_out(self, piece: Piece, into: memoryview) -> None:
-        """Start to copy a piece to the host; done after `synchronize`."""
+    def copy_out(self, copies: Sequence[Copy], after: Sequence[Transfer] = ()) -> Transfer:
+        """Start to copy pieces to the host, after what was issued and ``after``, beside what will be issued."""
         ...
 
-    def copy_in(self, piece: Piece, payload: memoryview) -> None:
-        """Start to copy a piece from the host; done after `synchronize`."""
+    def copy_in(self, copies: Sequence[Copy], after: Sequence[Transfer] = ()) -> Transfer:
+        """Start to copy pieces from the host, the reverse of `copy_out`."""
+        ...
+
+    def wait_for(self, transfer: Transfer) -> None:
+        """Let what is issued from now on run after a transfer."""
         ...
 
     def synchronize(self) -> None:
-        """Wait for everything issued before."""
+        """Wait for everything issued before, copies beside the steps included."""
         ...
 
     def close(self) -> None:

@@ -122,7 +122,7 @@ def open_device(kernels: Path, config: Config) -> CudaDevice:
     Raises:
         ArtifactError: no driver or no GPU.
     """
-    device = CudaDevice(KernelCache(kernels), use_graphs=config.enable_cuda_graph)
+    device = CudaDevice(KernelCache(kernels), use_graphs=config.enable_cuda_graph, num_streams=config.num_streams)
     device.memory_limit = int(min(config.gpu_memory_gb * 1e9, device.memory_limit * FREE_SHARE))
     return device
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from python_backends.config import Config
 from python_backends.decoder.engine import Engine
@@ -82,3 +85,35 @@ def cached(caller: Caller, tier: Tier = "device") -> int:
 def missed(caller: Caller) -> str:
     found: str = caller.last.usage.as_json()["cache_miss"]
     return found
+
+
+class Gate:
+    """A transfer that is over when the test says so, though the bytes are there already."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+
+    def done(self) -> bool:
+        return self.opened.is_set()
+
+    def wait(self) -> None:
+        assert self.opened.wait(30)
+
+
+def load_behind_a_gate(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """What a runtime does whose copies go on beside its steps."""
+    gate, load = Gate(), engine._runtime.import_blocks
+
+    def import_blocks(*args: Any, **options: Any) -> Gate:
+        load(*args, **options)
+        return gate
+
+    monkeypatch.setattr(engine._runtime, "import_blocks", import_blocks)
+    return gate
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)

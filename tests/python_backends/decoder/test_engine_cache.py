@@ -8,8 +8,18 @@ import time
 import numpy as np
 import pytest
 
-from tests.python_backends.decoder.cached_engines import BLOCK, PLAIN, cached, engines, keys_of, missed
+from tests.python_backends.decoder.cached_engines import (
+    BLOCK,
+    PLAIN,
+    cached,
+    engines,
+    keys_of,
+    load_behind_a_gate,
+    missed,
+    until,
+)
 from tests.python_backends.decoder.callers import Caller, alone, prompt
+from tests.python_backends.kv.caches import references
 
 
 @pytest.fixture
@@ -163,3 +173,36 @@ def test_attention_masses_reach_the_books(open_engine):
     assert len(known) >= 6
     assert all(mass > 0 for mass in known)
     assert len(set(known)) > 1
+
+
+def test_others_decode_while_a_slot_is_filled(open_engine, monkeypatch):
+    engine, _ = open_engine()
+    ids = prompt(7, 90)
+    first = alone(engine, ids)
+    gate = load_behind_a_gate(engine, monkeypatch)
+    other = Caller(prompt(8, 20), max_tokens=120).to(engine)
+    until(lambda: other.tokens)
+    again = Caller(ids).to(engine)
+    until(lambda: len(engine._scheduler.running) == 2)
+    begun = len(other.tokens)
+    until(lambda: len(other.tokens) > begun + 20)
+    assert not again.pieces
+    gate.opened.set()
+    assert again.wait().tokens == first.tokens
+    assert cached(again) == 89
+    other.wait()
+
+
+def test_a_request_that_ends_while_its_slot_is_filled_leaves_nothing_behind(open_engine, monkeypatch):
+    engine, cache = open_engine(slots=1)
+    ids = prompt(7, 90)
+    first = alone(engine, ids)
+    gate = load_behind_a_gate(engine, monkeypatch)
+    gone = Caller(ids).to(engine)
+    until(lambda: engine._scheduler.running)
+    gone.cancelled = True
+    assert gone.wait().last.finish_reason == "cancelled"
+    until(lambda: engine.idle)
+    assert not references(cache)
+    gate.opened.set()
+    assert alone(engine, ids).tokens == first.tokens

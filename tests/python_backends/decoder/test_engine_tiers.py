@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from python_backends.kv.mover import Mover
-from tests.python_backends.decoder.cached_engines import PLAIN, cached, engines, keys_of, missed, send_down, settle
+from tests.python_backends.decoder.cached_engines import (
+    PLAIN,
+    cached,
+    engines,
+    keys_of,
+    load_behind_a_gate,
+    missed,
+    send_down,
+    settle,
+    until,
+)
 from tests.python_backends.decoder.callers import Caller, alone, prompt
 from tests.python_backends.kv.caches import MB
 
@@ -162,6 +172,18 @@ def test_answers_that_share_a_prompt_go_on_where_its_two_ends_met(open_engine):
     assert disk.computed == met + 3
     wanted = alone(open_engine(cached=False)[0], disk.ids, **sampling)
     assert [caller.tokens_of(index) for index in range(3)] == [wanted.tokens_of(index) for index in range(3)]
+
+
+def test_where_two_ends_meet_the_later_one_may_still_be_on_its_way_into_the_slot(open_engine, monkeypatch):
+    disk = SlowDisk(open_engine)
+    gate = load_behind_a_gate(disk.engine, monkeypatch)
+    caller, met = disk.ask(lambda meets_at, start, end: end == meets_at)
+    until(lambda: 399 in [disk.engine._scheduler.place(each)[1] for each in disk.engine._scheduler.running])
+    time.sleep(0.05)
+    assert (disk.computed, caller.pieces) == (met, [])
+    gate.opened.set()
+    assert caller.wait().tokens == disk.answer.tokens
+    assert disk.computed == met + 1
 
 
 def test_a_disk_that_is_even_slower_is_overtaken(open_engine):

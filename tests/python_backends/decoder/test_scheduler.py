@@ -1,167 +1,10 @@
-"""The scheduler alone: random arrivals, ends and steps, with every invariant checked after each."""
+"""The scheduler alone: who is computed when, and that nobody starves."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from python_backends.decoder.scheduler import Scheduler
-
-SLOTS, QUEUE, IMAGE, OVERTAKES, QUANTUM = 3, 6, 5, 2, 4
-
-
-@st.composite
-def prompts(draw):
-    """(length, image spans): images of IMAGE tokens, in order, apart or side by side."""
-    spans, end = [], 0
-    for gap in draw(st.lists(st.integers(0, 6), max_size=4)):
-        spans.append((end + gap, end + gap + IMAGE))
-        end += gap + IMAGE
-    return end + draw(st.integers(1, 20)), tuple(spans)
-
-
-class SchedulerMachine(RuleBasedStateMachine):
-    """A model of the engine: it does what a step says and checks the step against what it knows itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.scheduler = Scheduler(SLOTS, QUEUE, OVERTAKES, QUANTUM)
-        self.next_id = 0
-        self.done = {}  # tokens computed
-        self.prompt = {}
-        self.slots = {}  # slot → sequence whose cache is in it
-        self.aside = {}  # sequence → length
-        self.spans, self.cuts = {}, {}
-        self.held = set()
-        self.order = []
-        self.arrived = {}  # order of arrival; who is set aside arrives anew
-        self.waited = {}  # admissions of later arrivals while waiting for a slot
-
-    @precondition(lambda self: self.scheduler.can_add())
-    @rule(prompt=prompts(), priority=st.integers(-1, 1), size=st.integers(0, 3))
-    def add(self, prompt, priority, size):
-        length, spans = prompt
-        self.scheduler.add(self.next_id, length, spans, priority=priority, size=size)
-        self.done[self.next_id] = 0
-        self.prompt[self.next_id] = length
-        self.arrive(self.next_id)
-        self.waited[self.next_id] = 0
-        self.next_id += 1
-
-    @precondition(lambda self: self.scheduler.can_add())
-    @rule(prompt=prompts(), priority=st.integers(-1, 1), cuts=st.lists(st.integers(1, 30), max_size=3))
-    def add_held(self, prompt, priority, cuts):
-        """A prompt of which something may be found elsewhere, with positions that chunks must end at."""
-        length, spans = prompt
-        inside = [cut for cut in cuts if cut < length and not any(a < cut < b for a, b in spans)]
-        self.scheduler.add(self.next_id, length, spans, priority=priority, boundaries=inside, held=True)
-        self.done[self.next_id], self.prompt[self.next_id] = 0, length
-        self.spans[self.next_id], self.cuts[self.next_id] = spans, inside
-        self.arrive(self.next_id)
-        self.held.add(self.next_id)
-        self.next_id += 1
-
-    @precondition(lambda self: self.held)
-    @rule(data=st.data(), found=st.integers(0, 30))
-    def release(self, data, found):
-        chosen = data.draw(st.sampled_from(sorted(self.held)))
-        inside = any(a < found < b for a, b in self.spans[chosen])
-        computed = 0 if inside or found >= self.prompt[chosen] else found
-        self.scheduler.release(chosen, computed)
-        self.held.remove(chosen)
-        self.done[chosen] = computed
-        if computed:
-            self.aside[chosen] = computed
-        self.waited[chosen] = 0
-
-    @rule(data=st.data())
-    def hold(self, data):
-        """What was to be moved in could not be."""
-        running = [each for each in self.scheduler.running if self.done[each] < self.prompt[each] and each in self.cuts]
-        if running:
-            chosen = data.draw(st.sampled_from(running))
-            self.scheduler.hold(chosen)
-            self.slots = {slot: each for slot, each in self.slots.items() if each != chosen}
-            self.done[chosen] = 0
-            self.held.add(chosen)
-
-    @rule(slot=st.integers(0, SLOTS - 1), further=st.integers(1, 20))
-    def advance(self, slot, further):
-        """What a prompt lacked is put behind what it has computed."""
-        chosen = self.slots.get(slot)
-        at = self.done.get(chosen, 0) + further
-        if not any(a < at < b for a, b in self.spans.get(chosen, [(-1, at + 1)])) and at < self.prompt[chosen]:
-            self.scheduler.advance(chosen, at)
-            self.done[chosen] = at
-
-    @rule(data=st.data())
-    def remove(self, data):
-        known = sorted(self.done)
-        if known:
-            chosen = data.draw(st.sampled_from(known))
-            self.scheduler.remove(chosen)
-            for kept in (self.done, self.prompt, self.aside, self.waited):
-                kept.pop(chosen, None)
-            self.held.discard(chosen)
-            self.slots = {slot: each for slot, each in self.slots.items() if each != chosen}
-
-    @rule(budget=st.integers(1, 12), accepted=st.integers(1, 3))
-    def step(self, budget, accepted):
-        before = set(self.scheduler.running)
-        step = self.scheduler.schedule(budget)
-        assert (step is None) == (not set(self.done) - self.held), "there is work exactly when there are sequences"
-        assert not self.held & set(self.scheduler.running), "a sequence on hold has a slot"
-        if step is None:
-            return
-        self.follow_moves(step)
-        self.count_overtakes(before, step)
-        assert [row.slot for row in step.rows] == sorted({row.slot for row in step.rows})
-        assert all(row.count for row in step.rows), "every row does something"
-        for row in step.rows:
-            assert self.slots.setdefault(row.slot, row.sequence_id) == row.sequence_id, "another's cache is in the slot"
-            assert row.start == self.done[row.sequence_id]
-            assert not any(row.start < cut < row.start + row.count for cut in self.cuts.get(row.sequence_id, ()))
-            assert row.count <= max(budget, IMAGE)
-            decoding = row.start >= self.prompt[row.sequence_id]
-            drawn = accepted if decoding and row.samples else 1
-            self.scheduler.computed(row, drawn)
-            self.done[row.sequence_id] += drawn if decoding and row.samples else row.count
-
-    def follow_moves(self, step):
-        for move in step.set_aside:
-            assert self.slots.pop(move.slot) == move.sequence_id
-            assert self.done[move.sequence_id] == move.length
-            self.aside[move.sequence_id] = move.length
-        for move in step.resume:
-            assert move.slot not in self.slots
-            assert self.aside.pop(move.sequence_id) == move.length
-            self.slots[move.slot] = move.sequence_id
-
-    def arrive(self, sequence):
-        self.arrived[sequence] = len(self.order)
-        self.order.append(sequence)
-
-    def count_overtakes(self, before, step):
-        for move in step.set_aside:
-            if move.sequence_id not in self.scheduler.running:  # not only moved down
-                self.arrive(move.sequence_id)
-                self.waited[move.sequence_id] = 0
-        for entered in set(self.scheduler.running) - before:
-            self.waited.pop(entered, None)
-            for other in self.waited:
-                self.waited[other] += self.arrived[other] < self.arrived[entered]
-
-    @invariant()
-    def holds(self):
-        self.scheduler.check_integrity()
-
-    @invariant()
-    def nobody_is_overtaken_without_bound(self):
-        assert all(count <= OVERTAKES for count in self.waited.values())
-
-
-TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 
 
 def run(scheduler, steps, budget=4):
@@ -194,6 +37,21 @@ def test_decode_goes_on_between_the_chunks_of_a_long_prompt():
     run(scheduler, 1)
     scheduler.add(1, 40)
     assert [kind for kind, _ in run(scheduler, 8)] == ["decode", "prefill"] * 4
+
+
+def test_others_decode_while_a_slot_is_filled():
+    scheduler = Scheduler(2, 1)
+    scheduler.add(0, 1)
+    run(scheduler, 1)
+    scheduler.add(1, 40, computed=30)
+    step = scheduler.schedule(8)
+    assert [move.sequence_id for move in step.resume] == [1]
+    scheduler.suspend(1)
+    assert run(scheduler, 3) == [("decode", (0,))] * 3
+    scheduler.remove(0)
+    assert scheduler.schedule(8) is None
+    scheduler.enter(1)
+    assert [row.start for row in scheduler.schedule(8).rows] == [30]
 
 
 def test_priority_goes_first_then_shorter_work_then_the_older():
@@ -307,6 +165,17 @@ def test_an_urgent_request_sets_a_running_one_aside_at_once():
     step = scheduler.schedule(4)
     assert [move.sequence_id for move in step.set_aside] == [0]
     assert step.rows[0].sequence_id == 1
+
+
+def test_what_is_set_aside_stays_within_its_bound():
+    def most(**bound):
+        scheduler = Scheduler(1, 9, quantum=2, **bound)
+        for sequence in range(3):
+            scheduler.add(sequence, 6)
+        return max(scheduler.aside for _ in range(60) if run(scheduler, 1))
+
+    assert most() > 30
+    assert 10 < most(max_aside=20) <= 20
 
 
 def test_without_a_quantum_nobody_is_set_aside():

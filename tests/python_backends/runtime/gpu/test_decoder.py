@@ -167,14 +167,14 @@ def test_blocks_are_put_behind_what_a_slot_has_computed(gpu: GpuDecoder) -> None
 
     first, second, other = (payload(layout.block_bytes) for _ in range(3))
     tails = [payload(layout.tail_bytes(CONTEXT)) for _ in range(2)]
-    gpu.import_blocks(0, [first, second], tails[0], CONTEXT)
-    gpu.import_blocks(0, [other], tails[1], CONTEXT, computed=layout.block_tokens + 6)
+    gpu.import_blocks(0, [first, second], tails[0], CONTEXT).wait()
+    gpu.import_blocks(0, [other], tails[1], CONTEXT, computed=layout.block_tokens + 6).wait()
     found = [memoryview(bytearray(layout.block_bytes)) for _ in range(2)]
     for index, block in enumerate(found):
-        gpu.export_block(0, index * layout.block_tokens, block)
+        gpu.export_block(0, index * layout.block_tokens, block).wait()
     assert found == [first, other]
     tail = memoryview(bytearray(layout.tail_bytes(CONTEXT)))
-    gpu.export_tail(0, CONTEXT, tail)
+    gpu.export_tail(0, CONTEXT, tail).wait()
     assert tail == tails[1]
     for blocks, computed in (([first], 0), ([first, second], 64), ([], CONTEXT + 1)):
         with pytest.raises(InternalError):

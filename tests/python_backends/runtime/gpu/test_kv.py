@@ -73,16 +73,13 @@ def test_blocks_and_a_tail_put_a_sequence_into_any_slot(model, length, other, bl
     layout = kv.layout
     payloads = [np.empty(layout.block_bytes, np.uint8) for _ in range(length // blocks)]
     for index, payload in enumerate(payloads):
-        kv.export(kv.block(0, index * blocks), memoryview(payload))
+        kv.export_block(0, index * blocks, memoryview(payload))
     tail = np.empty(layout.tail_bytes(length), np.uint8)
-    kv.export(kv.tail(0, length), memoryview(tail))
+    kv.export_tail(0, length, memoryview(tail))
     kv.release(0)
     kv.release(other)
     fill(kv, 2 if other != 2 else 1, 90, seed=3)  # takes the pages that came free
-    kv.reserve([(other, length)])
-    for index, payload in enumerate(payloads):
-        kv.import_(kv.block(other, index * blocks), memoryview(payload))
-    kv.import_(kv.tail(other, length), memoryview(tail))
+    kv.import_blocks(other, [memoryview(payload) for payload in payloads], memoryview(tail), length)
     check(kv, other, length, written)
     kv.pages.check_integrity()
 
@@ -111,7 +108,7 @@ def test_wrong_buffers_blocks_and_slots_are_refused(model):
     kv = paged(model)
     kv.reserve([(0, 200)])
     with pytest.raises(InternalError, match="bytes"):
-        kv.export(kv.block(0, 0), memoryview(bytearray(3)))
+        kv.export_block(0, 0, memoryview(bytearray(3)))
     with pytest.raises(InternalError, match="does not start"):
         kv.block(0, 3)
     with pytest.raises(InternalError, match="slots"):
