@@ -62,7 +62,7 @@ def open_runtime(repository: Path) -> VisionRuntime | None:
             provider=provider,
         )
 
-    if built.runtime != ONNXRUNTIME:  # the decoder has the GPU's memory, and the tower is float32 but for its products
+    if built.runtime != ONNXRUNTIME:  # a tower without a plan; the GPU's memory is the decoder's
         return opened(CPU)
     return open_on(settings.execution_provider, built.precision, opened)
 

@@ -6,7 +6,8 @@ Needs what `pip install -e '.[tensorrt-rtx]'` installs. The sections:
   transformers in float32, and the logits' relative error in this process (PyTorch and transformers for that).
 - ``load``: a random checkpoint of ``--shape`` in ``--precision``, closed loops and the cost of Triton.
 
-A precision followed by ``+plans`` runs TensorRT-RTX plans between attentions and for the vision tower.
+A precision followed by ``+plans`` runs TensorRT-RTX plans between attentions and for the vision tower; one followed by
+``+onnxruntime`` is a build for ONNX Runtime, run by its CUDA provider (needs what ``wicore[cuda]`` installs).
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -40,6 +44,7 @@ from tests.reference import reference
 
 PRECISIONS = ("bf16", "bf16+plans", "fp16", "fp16+plans", "fp8", "int8", "int4")
 LOADS = (1, 8, 16)
+Result = TypeVar("Result")
 
 
 def main() -> None:
@@ -66,12 +71,17 @@ def main() -> None:
 @contextmanager
 def built(checkpoint: Path, precision: str, **settings: object) -> Iterator[Path]:
     """A repository for the GPU."""
-    precision, _, plans = precision.partition("+")
-    block = {"int8": (0,), "int4": (128,)}.get(precision, ())
-    settings["enable_kernel_fusion"] = not plans
+    precision, _, variant = precision.partition("+")
+    if variant == "onnxruntime":
+        options = Options(Precision.of(precision), manifest.ONNXRUNTIME)
+        settings["execution_provider"] = "cuda"
+    else:
+        block = {"int8": (0,), "int4": (128,)}.get(precision, ())
+        options = Options(Precision.of(precision, *block), manifest.TENSORRT_RTX, plans=bool(variant))
+        settings["enable_kernel_fusion"] = not variant
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model_repository"
-        build(checkpoint, folder, Options(Precision.of(precision, *block), manifest.TENSORRT_RTX, plans=bool(plans)))
+        build(checkpoint, folder, options)
         (folder / "wicore.json").write_text(json.dumps(settings))
         yield folder
 
@@ -97,7 +107,7 @@ def demo(report: Report, options: argparse.Namespace) -> None:
 
 def _demo_in(report: Report, checkpoint: Path, precision: str, options: argparse.Namespace, wanted: Kept) -> None:
     with built(checkpoint, precision, max_batch_size=16, max_context_length=4096) as folder:
-        error, greedy = _logits_error(checkpoint, folder)
+        error, greedy = isolated(_logits_error, checkpoint, folder)
         began = time.monotonic()
         with Server(ServerOptions(folder, http_port=0, grpc_port=0, metrics_port=0)) as server:
             started = time.monotonic() - began
@@ -152,6 +162,12 @@ def _logits_error(checkpoint: Path, folder: Path) -> tuple[float, float]:
     found = np.concatenate([part[0] for part in parts if part is not None])
     equal = float((found.argmax(-1) == wanted.argmax(-1)).mean())
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)), equal
+
+
+def isolated(run: Callable[..., Result], *arguments: object) -> Result:
+    """A call in a process of its own: what it takes of the GPU goes with it, and a crash is an exception here."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, *arguments).result()
 
 
 def load(report: Report, options: argparse.Namespace) -> None:
