@@ -111,8 +111,8 @@ class Config:
     """Kernels of quantized products on the CPU: "auto" takes our own where there are AVX-512 VNNI and a C++ compiler,
     "onnxruntime" those of ONNX Runtime."""
     execution_provider: str = "auto"
-    """Where a build for ONNX Runtime runs: "cpu", "cuda" (needs wicore[cuda]), or "auto": the GPU where ONNX Runtime can
-    use one, else the CPU."""
+    """Where a build for ONNX Runtime runs: "cpu", "cuda" (needs wicore[cuda]), or "auto": the GPU where ONNX Runtime
+    can use one, else the CPU."""
     server_port: int = 8080
     """The gateway's HTTP port; 0 picks a free one."""
     max_body_bytes: int = 64 * 2**20

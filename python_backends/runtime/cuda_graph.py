@@ -51,7 +51,7 @@ def needs_whole_caches(cache_type: int) -> bool:
 
     ``cache_type`` is an ``onnx.TensorProto`` element type.
     """
-    return cache_type == TensorProto.FLOAT
+    return cache_type == int(TensorProto.FLOAT)
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -118,7 +118,8 @@ class _Writer:
 
     def masked_attention(self, node: onnx.NodeProto) -> None:
         """The standard Attention over [B, heads, S, D] under a mask [B, 1, S, T], with a scale of 1."""
-        self._attend(*node.input[:4], output=node.output[0])
+        query, keys, values, mask = node.input[:4]
+        self._attend(query, keys, values, mask, output=node.output[0])
 
     def cached_attention(self, node: onnx.NodeProto) -> None:
         """GroupQueryAttention over unpadded chunks: the caches get the new rows in place, then are read."""
@@ -126,11 +127,11 @@ class _Writer:
         output, *presents = node.output
         window = next((item.i for item in node.attribute if item.name == "local_window_size"), -1)
         shared = self._shared(bound)
-        sides = []
+        read = []
         for new, past, present in zip((key, value), (past_key, past_value), presents, strict=True):
             self._op("ScatterND", past, shared.indices, self._by_head(new), output=present)
-            sides.append(self._op("Slice", present, self._ints(0), shared.length, self._ints(2)))
-        rows = self._attend(self._by_head(query), *sides, self._mask(shared, window))
+            read.append(self._op("Slice", present, self._ints(0), shared.length, self._ints(2)))
+        rows = self._attend(self._by_head(query), read[0], read[1], self._mask(shared, window))
         rows = self._op("Transpose", rows, perm=[0, 2, 1, 3])
         self._op("Reshape", rows, self._op("Shape", query), output=output)
 
@@ -190,7 +191,9 @@ class _Writer:
 
     def _by_head(self, value: str) -> str:
         """[B, S, heads·D] → [B, heads, S, D]."""
-        return self._op("Transpose", self._op("Reshape", value, self._ints(0, 0, -1, self._head_dim)), perm=[0, 2, 1, 3])
+        return self._op(
+            "Transpose", self._op("Reshape", value, self._ints(0, 0, -1, self._head_dim)), perm=[0, 2, 1, 3]
+        )
 
     def _range(self, length: str) -> str:
         """int64 [n]: 0 … n − 1; ``length`` is int64 [1]."""

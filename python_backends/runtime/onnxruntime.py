@@ -90,9 +90,7 @@ class OnnxRuntimeDecoder:
         path = folder / DECODER_FILE
         graph = None if device is None else _for_cuda(path)
         self._provider, self._on_device = provider, device is not None
-        self._session = open_session(
-            path, provider, num_threads, cpu_kernels, kernel_fusion=kernel_fusion, model=graph
-        )
+        self._session = open_session(path, provider, num_threads, cpu_kernels, kernel_fusion=kernel_fusion, model=graph)
         inputs = {item.name: item for item in self._session.get_inputs()}
         if _interface(self._session) != _wanted_interface(model):
             raise ArtifactError(rebuild(path, "it is a decoder of another model or version"))
@@ -217,9 +215,7 @@ class OnnxRuntimeDecoder:
 
     def _run(self, inputs: StepInputs, want_logits: bool) -> StepOutputs:
         rows = len(inputs.past_len)
-        binding = self._binding(
-            inputs.first_slot, rows, want_logits, inputs.top_n > 0, inputs.attention_block > 0
-        )
+        binding = self._binding(inputs.first_slot, rows, want_logits, inputs.top_n > 0, inputs.attention_block > 0)
         arrays = self._feeds(inputs)  # referenced until the run is over: the binding holds addresses only
         for name, array in arrays.items():
             _bind(binding.bind_input, name, array)

@@ -30,6 +30,8 @@ _CUDA_OPTIONS = {
 }
 _LIBRARIES = ("cudart", "nvJitLink", "cublasLt", "cublas", "curand", "cufft", "nvrtc", "cudnn")
 """What the CUDA provider links to, in the order of their own needs."""
+_CPU_FROM = (1, 32)
+"""Version of ONNX Runtime whose attention on the CPU takes padded chunks; its GPU wheels lag behind."""
 Made = TypeVar("Made")
 
 _log = logging.getLogger(__name__)
@@ -57,17 +59,23 @@ def open_on(wanted: str, precision: str, make: Callable[[str], Made]) -> Made:
             f"this build is in bf16, which ONNX Runtime computes on GPUs alone, and {missing}; for the CPU build with "
             "--precision fp16, int8 or int4"
         )
+    found = onnxruntime.__version__
+    if tuple(int(part) for part in found.split(".")[:2]) < _CPU_FROM:
+        raise ArtifactError(
+            f"ONNX Runtime {found} is too old for the CPU: its attention does not know padded chunks. Run `pip install "
+            f"'onnxruntime>={'.'.join(map(str, _CPU_FROM))}'`, or use a GPU ({missing})"
+        )
     return make(CPU)
 
 
 def missing_for_cuda() -> str:
-    """Why the CUDA provider cannot be used here, and what to do about it; empty where nothing is known to be missing."""
+    """Why the CUDA provider cannot be used here, and what to do about it; empty where nothing is seen to be missing."""
     if getattr(onnxruntime, "cuda_version", ""):
         _load_libraries()
     if _CUDA_PROVIDER not in onnxruntime.get_available_providers():
         return (
             "this ONNX Runtime has no CUDA provider; run `pip install 'wicore[cuda]'`, `pip uninstall -y onnxruntime` and "
-            "`pip install --force-reinstall --no-deps onnxruntime-gpu` (both wheels fill the same folder)"
+            "`pip install --force-reinstall --no-deps onnxruntime-gpu`, as both wheels fill the same folder"
         )
     try:
         from python_backends.runtime.gpu.cuda import driver_fault
@@ -126,8 +134,8 @@ def _on_cuda(path: Path, source: Any, options: onnxruntime.SessionOptions) -> on
         what = str(error)
     major = str(getattr(onnxruntime, "cuda_version", "")).partition(".")[0]
     raise ArtifactError(
-        f"{path}: ONNX Runtime cannot run it on the GPU ({what}); it needs the libraries of CUDA {major or 12} and cuDNN "
-        "9, with pip: `pip install 'onnxruntime-gpu[cuda,cudnn]'`. If they are there, rebuild the model repository with "
+        f"{path}: ONNX Runtime cannot run it on the GPU ({what}); it needs the libraries of CUDA {major or 12} and "
+        "cuDNN 9: `pip install 'onnxruntime-gpu[cuda,cudnn]'`. If they are there, rebuild the model repository with "
         "`wicore build CHECKPOINT --force`, or set execution_provider to cpu"
     )
 

@@ -102,7 +102,7 @@ def _profiled(create: Any, prefix: str, model: Any, options: Any, **arguments: A
 
 
 def _compared(checkpoint: Path, item: Prompt, driver: Driver, row: int) -> tuple[float, float]:
-    """(norm of the difference over the norm, share of equal largest logits) of a prompt and what was drawn behind it."""
+    """(norm of the difference over the norm, share of equal largest logits) of a prompt and what was drawn."""
     ids = [*item.ids, *driver.tokens[row][:-1]]
     found = np.array(driver.logits[row])
     wanted = reference(checkpoint).logits(np.array(ids), item.pixels)
