@@ -51,7 +51,6 @@ def open_on(wanted: str, precision: str, make: Callable[[str], Made]) -> Made:
             if wanted == CUDA:
                 raise
             missing = error.message
-            _log.warning("ONNX Runtime runs on the CPU: %s", missing)
     if wanted == CUDA:
         raise ArtifactError(f"execution_provider is cuda, and {missing}")
     if precision == "bf16":
@@ -65,6 +64,8 @@ def open_on(wanted: str, precision: str, make: Callable[[str], Made]) -> Made:
             f"ONNX Runtime {found} is too old for the CPU: its attention does not know padded chunks. Run `pip install "
             f"'onnxruntime>={'.'.join(map(str, _CPU_FROM))}'`, or use a GPU ({missing})"
         )
+    if wanted != CPU and _CUDA_PROVIDER in onnxruntime.get_available_providers():
+        _log.warning("ONNX Runtime runs on the CPU: %s", missing)
     return make(CPU)
 
 
@@ -74,13 +75,13 @@ def missing_for_cuda() -> str:
         _load_libraries()
     if _CUDA_PROVIDER not in onnxruntime.get_available_providers():
         return (
-            "this ONNX Runtime has no CUDA provider; run `pip install 'wicore[cuda]'`, `pip uninstall -y onnxruntime` and "
-            "`pip install --force-reinstall --no-deps onnxruntime-gpu`, as both wheels fill the same folder"
+            "this ONNX Runtime has no CUDA provider; run `pip install 'wicore[cuda]'`, `pip uninstall -y onnxruntime` "
+            "and `pip install --force-reinstall --no-deps onnxruntime-gpu`, as both wheels fill the same folder"
         )
     try:
         from python_backends.runtime.gpu.cuda import driver_fault
-    except ImportError as error:
-        return f"{error.name} is not installed; run `pip install 'wicore[cuda]'`"
+    except ImportError:
+        return "CUDA's bindings (cuda-python) are not installed; run `pip install 'wicore[cuda]'`"
     return driver_fault()
 
 
@@ -124,20 +125,37 @@ def rebuild(path: Path, what: str) -> str:
 
 def _on_cuda(path: Path, source: Any, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     providers = [(_CUDA_PROVIDER, _CUDA_OPTIONS), _CPU_PROVIDER]
-    what = "the provider's libraries were not found"
     try:
         # Without ``enable_fallback=0`` a provider that fails is left out with a line on the standard output.
         session = onnxruntime.InferenceSession(source, options, providers=providers, enable_fallback=0)
         if _CUDA_PROVIDER in session.get_providers():
             return session
+        what = "its provider was left out"
     except Exception as error:  # the module's exceptions share no base class of their own
         what = str(error)
-    major = str(getattr(onnxruntime, "cuda_version", "")).partition(".")[0]
+    if absent := _absent_libraries():
+        what = f"{', '.join(absent)} cannot be loaded"
     raise ArtifactError(
-        f"{path}: ONNX Runtime cannot run it on the GPU ({what}); it needs the libraries of CUDA {major or 12} and "
-        "cuDNN 9: `pip install 'onnxruntime-gpu[cuda,cudnn]'`. If they are there, rebuild the model repository with "
-        "`wicore build CHECKPOINT --force`, or set execution_provider to cpu"
+        f"{path}: ONNX Runtime cannot run it on the GPU ({what}); it needs the libraries of CUDA {_cuda_major()} and "
+        "cuDNN 9: `pip install 'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas`. If they are there, rebuild the model "
+        "repository with `wicore build CHECKPOINT --force`, or set execution_provider to cpu"
     )
+
+
+def _cuda_major() -> str:
+    """Of the CUDA that ONNX Runtime was built with."""
+    return str(getattr(onnxruntime, "cuda_version", "") or "13").partition(".")[0]
+
+
+def _absent_libraries() -> list[str]:
+    """Those that the provider links to and that the loader does not find."""
+    absent = []
+    for name, version in (("cublasLt", _cuda_major()), ("cublas", _cuda_major()), ("curand", "10"), ("cudnn", "9")):
+        try:
+            ctypes.CDLL(f"lib{name}.so.{version}")
+        except OSError:
+            absent.append(f"lib{name}.so.{version}")
+    return absent
 
 
 def _load_libraries() -> None:
