@@ -47,6 +47,7 @@ MAY_BE_ZERO = frozenset(
 )
 CHOICES = {
     "cpu_kernels": ("auto", "onnxruntime"),
+    "execution_provider": ("auto", "cpu", "cuda"),
     "log_format": ("text", "json"),
     "trt_precision": ("auto", "fp32", "bf16", "fp16", "fp8", "int8", "int4"),
 }
@@ -112,6 +113,9 @@ class Config:
     cpu_kernels: str = "auto"
     """Kernels of quantized products on the CPU: "auto" takes our own where there are AVX-512 VNNI and a C++ compiler,
     "onnxruntime" those of ONNX Runtime."""
+    execution_provider: str = "auto"
+    """Where a build for ONNX Runtime runs: "cpu", "cuda" (needs wicore[cuda]), or "auto": the GPU where ONNX Runtime
+    can use one, else the CPU."""
     server_port: int = 8080
     """The gateway's HTTP port; 0 picks a free one."""
     max_body_bytes: int = 64 * 2**20

@@ -7,7 +7,8 @@ Needs what `pip install -e '.[tensorrt-rtx]'` installs. The sections:
 - ``load``: a random checkpoint of ``--shape`` in ``--precision``: the GPU's own time of a decode step, the cost of the
   engine and of Triton (`wicore bench serve`), and closed loops of 1, 8 and 16 streams with the GPU's utilisation.
 
-A precision followed by ``+plans`` runs TensorRT-RTX plans between attentions and for the vision tower.
+A precision followed by ``+plans`` runs TensorRT-RTX plans between attentions and for the vision tower; one followed by
+``+onnxruntime`` is a build for ONNX Runtime, run by its CUDA provider (needs what ``wicore[cuda]`` installs).
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -49,6 +53,7 @@ LOADS = (1, 8, 16)
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 64
 CPU_MEMORY_GB = 4
 """For kept KV: locking more host memory takes a server's start longer than loading the weights."""
+Result = TypeVar("Result")
 
 
 def main() -> None:
@@ -71,12 +76,18 @@ def main() -> None:
 @contextmanager
 def built(checkpoint: Path, precision: str, **settings: object) -> Iterator[Path]:
     """A repository for the GPU."""
-    precision, _, plans = precision.partition("+")
-    block = {"int8": (0,), "int4": (128,)}.get(precision, ())
-    settings = {"cpu_memory_gb": CPU_MEMORY_GB, "enable_kernel_fusion": not plans, **settings}
+    precision, _, variant = precision.partition("+")
+    settings = {"cpu_memory_gb": CPU_MEMORY_GB, **settings}
+    if variant == "onnxruntime":
+        options = Options(Precision.of(precision), manifest.ONNXRUNTIME)
+        settings["execution_provider"] = "cuda"
+    else:
+        block = {"int8": (0,), "int4": (128,)}.get(precision, ())
+        options = Options(Precision.of(precision, *block), manifest.TENSORRT_RTX, plans=bool(variant))
+        settings["enable_kernel_fusion"] = not variant
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model_repository"
-        build(checkpoint, folder, Options(Precision.of(precision, *block), manifest.TENSORRT_RTX, plans=bool(plans)))
+        build(checkpoint, folder, options)
         (folder / "wicore.json").write_text(json.dumps(settings))
         yield folder
 
@@ -98,7 +109,7 @@ def demo(report: Report, options: argparse.Namespace) -> None:
 
 def _demo_in(report: Report, checkpoint: Path, precision: str, options: argparse.Namespace, wanted: Kept) -> None:
     with built(checkpoint, precision, max_batch_size=16, max_context_length=4096) as folder:
-        error, greedy = _logits_error(checkpoint, folder)
+        error, greedy = isolated(_logits_error, checkpoint, folder)
         began = time.monotonic()
         with Server(ServerOptions(folder, http_port=0, grpc_port=0, metrics_port=0)) as server:
             started = time.monotonic() - began
@@ -153,6 +164,12 @@ def _logits_error(checkpoint: Path, folder: Path) -> tuple[float, float]:
     found = np.concatenate([part[0] for part in parts if part is not None])
     equal = float((found.argmax(-1) == wanted.argmax(-1)).mean())
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)), equal
+
+
+def isolated(run: Callable[..., Result], *arguments: object) -> Result:
+    """A call in a process of its own: what it takes of the GPU goes with it, and a crash is an exception here."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, *arguments).result()
 
 
 def load(report: Report, options: argparse.Namespace) -> None:
