@@ -135,8 +135,8 @@ def _logits(decoder: OnnxRuntimeDecoder, slot: int, ids: list[int], past: int) -
 def _placed(profile: Path) -> dict[str, Any]:
     """What ran on the CPU, and the largest that was copied between it and the GPU (bytes)."""
     events = [event["args"] for event in json.loads(profile.read_text()) if event["name"].endswith("_kernel_time")]
-    copies = [int(event["output_size"]) for event in events if event["op_name"].startswith("Memcpy")]
-    on_cpu = Counter(event["op_name"] for event in events if event["provider"] == "CPUExecutionProvider")
+    copies = [int(event.get("output_size", 0)) for event in events if event["op_name"].startswith("Memcpy")]
+    on_cpu = Counter(event["op_name"] for event in events if event.get("provider") == "CPUExecutionProvider")
     return {"largest_copy_bytes": max(copies, default=0), "on_cpu": dict(on_cpu)}
 
 
