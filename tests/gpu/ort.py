@@ -1,9 +1,10 @@
 """ONNX Runtime's CUDA provider on a card, without Triton: `python -m tests.gpu.ort --out FOLDER`.
 
 Small models of two families, with images, in every precision, beside transformers in float32 on the same weights:
-the error of the logits and the share of equal greedy tokens; whether a sequence goes on bit for bit from its blocks and
-its tail in another slot; and, from a profile, which nodes ran on the CPU and the largest of what was copied between the
-two. Each runs in a process of its own, so that a crash leaves the others alone. Needs what ``wicore[cuda]`` installs.
+the error of the logits (also to the same graph on the CPU) and the share of equal greedy tokens; whether a sequence
+goes on bit for bit from its blocks and its tail in another slot; and, from a profile, which nodes ran on the CPU and
+the largest of what was copied between the two. Each runs in a process of its own, so that a crash leaves the others
+alone. Needs what ``wicore[cuda]`` installs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from python_backends.errors import ArtifactError
 from python_backends.runtime.onnxruntime import OnnxRuntimeDecoder, OnnxRuntimeVision
 from python_backends.runtime.providers import CUDA, missing_for_cuda
 from tests.checkpoints import tiny
-from tests.driver import Driver, artefacts, model_shape, step_inputs
+from tests.driver import Driver, artefacts, decoder_as_on_gpu, model_shape, step_inputs
 from tests.gpu.report import Report
 from tests.gpu.serve import isolated
 from tests.prompts import Prompt, prompt
@@ -36,6 +37,9 @@ from tests.reference import reference
 
 PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
 SLOTS, CONTEXT, BLOCK = 3, 512, 16
+CUTS = [[100, 230], [20]]
+ACCURACY = 0
+"""Of MatMulNBits: on the CPU activations keep their bits, too, as they do on a GPU."""
 
 
 def main() -> None:
@@ -57,13 +61,13 @@ def main() -> None:
 
 def measure(family: str, precision: PrecisionName) -> dict[str, Any]:
     """One model in one precision, opened on the GPU."""
-    from python_backends.runtime.gpu.open import open_device
-
     if missing := missing_for_cuda():
         raise ArtifactError(missing)
+    from python_backends.runtime.gpu.open import open_device
+
     checkpoint, profile = tiny(family), Path(tempfile.mkdtemp()) / "profile"
     onnxruntime.InferenceSession = partial(_profiled, onnxruntime.InferenceSession, str(profile))
-    folder = artefacts(checkpoint, Precision.of(precision))
+    folder = artefacts(checkpoint, Precision.of(precision), ACCURACY)
     decoder = OnnxRuntimeDecoder(
         folder,
         model_shape(open_checkpoint(checkpoint).config),
@@ -81,13 +85,14 @@ def measure(family: str, precision: PrecisionName) -> dict[str, Any]:
         prompt(checkpoint, np.random.default_rng(4), text=40),
     ]
     driver = Driver(decoder, items, encoder)
-    driver.prefill([[100, 230], [20]])
+    driver.prefill(CUTS)
     driver.decode(12)
     compared = [_compared(checkpoint, item, driver, row) for row, item in enumerate(items)]
     same = _resumes(decoder, items[1])
     found = {
         "relative_error": max(error for error, _ in compared),
         "equal_greedy": min(equal for _, equal in compared),
+        "relative_to_cpu": None if precision == "bf16" else _to_cpu(checkpoint, Precision.of(precision), driver),
         "resumes_bit_for_bit": same,
         **_placed(Path(decoder._session.end_profiling())),
     }
@@ -108,6 +113,18 @@ def _compared(checkpoint: Path, item: Prompt, driver: Driver, row: int) -> tuple
     wanted = reference(checkpoint).logits(np.array(ids), item.pixels)
     equal = float((found.argmax(-1) == wanted.argmax(-1)).mean())
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)), equal
+
+
+def _to_cpu(checkpoint: Path, precision: Precision, driver: Driver) -> float:
+    """The prompts' error against the same graph on the CPU, norm over norm: what quantization costs is in both."""
+    runtime = decoder_as_on_gpu(checkpoint, precision, num_slots=SLOTS, context=CONTEXT, accuracy_level=ACCURACY)
+    on_cpu = Driver(runtime, driver.prompts)
+    on_cpu.features = driver.features
+    on_cpu.prefill(CUTS)
+    errors = []
+    for wanted, found in zip(on_cpu.logits, driver.logits, strict=True):
+        errors.append(np.linalg.norm(np.array(found)[: len(wanted)] - wanted) / np.linalg.norm(wanted))
+    return float(max(errors))
 
 
 def _resumes(decoder: OnnxRuntimeDecoder, item: Prompt) -> bool:
@@ -135,8 +152,8 @@ def _logits(decoder: OnnxRuntimeDecoder, slot: int, ids: list[int], past: int) -
 def _placed(profile: Path) -> dict[str, Any]:
     """What ran on the CPU, and the largest that was copied between it and the GPU (bytes)."""
     events = [event["args"] for event in json.loads(profile.read_text()) if event["name"].endswith("_kernel_time")]
-    copies = [int(event["output_size"]) for event in events if event["op_name"].startswith("Memcpy")]
-    on_cpu = Counter(event["op_name"] for event in events if event["provider"] == "CPUExecutionProvider")
+    copies = [int(event.get("output_size", 0)) for event in events if event["op_name"].startswith("Memcpy")]
+    on_cpu = Counter(event["op_name"] for event in events if event.get("provider") == "CPUExecutionProvider")
     return {"largest_copy_bytes": max(copies, default=0), "on_cpu": dict(on_cpu)}
 
 

@@ -197,6 +197,9 @@ def test_the_graph_has_what_the_provider_has_kernels_for_and_no_cache_leaves_thr
     readers = {node.op_type for node in nodes for name in node.input if name.startswith("present_")}
     assert takers == {attending, "Slice", "Shape"}  # a chunk's images read the past
     assert readers <= {"Slice"}
+    cache = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}["past_key.0"]
+    wanted = {"fp32": onnx.TensorProto.FLOAT, "bf16": onnx.TensorProto.BFLOAT16}
+    assert cache == wanted.get(precision.name, onnx.TensorProto.FLOAT16)
     names = [name for node in model.graph.node for name in node.output if name]
     assert len(names) == len(set(names))
 
