@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 RUNTIME = ONNXRUNTIME
 RUNTIMES: dict[str, tuple[PrecisionName, ...]] = {
-    ONNXRUNTIME: ("fp32", "fp16", "int8", "int4"),
+    ONNXRUNTIME: ("fp32", "bf16", "fp16", "int8", "int4"),
     TENSORRT: ("fp32", "bf16", "fp16", "fp8", "int8", "int4"),
     TENSORRT_RTX: ("fp32", "bf16", "fp16", "fp8", "int8", "int4"),
 }

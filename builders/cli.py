@@ -64,8 +64,8 @@ def build(
     runtime: Annotated[
         str,
         typer.Option(
-            help="What executes the model: onnxruntime (CPU), tensorrt-rtx (GPU, from PyPI) or tensorrt (GPU, in "
-            "NVIDIA's container or from its index)."
+            help="What executes the model: onnxruntime (CPU, or a GPU without TensorRT), tensorrt-rtx (GPU, from PyPI) "
+            "or tensorrt (GPU, in NVIDIA's container or from its index)."
         ),
     ] = "onnxruntime",
     plans: Annotated[

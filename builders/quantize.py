@@ -31,6 +31,13 @@ Result = TypeVar("Result")
 PrecisionName = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 PRECISIONS: tuple[PrecisionName, ...] = get_args(PrecisionName)
 
+FLOATS: dict[str, int] = {
+    "fp32": onnx.TensorProto.FLOAT,
+    "bf16": onnx.TensorProto.BFLOAT16,
+    "fp16": onnx.TensorProto.FLOAT16,
+}
+"""Element types of ONNX Runtime's weights that are not quantized."""
+
 DEFAULT_BLOCKS = {"int4": 128, "int8": 32}
 """Block sizes that `wicore build` takes unless told otherwise. In int4 the attention projections have eight bits, and
 with those blocks of 128 are finer than llama.cpp's Q4_0 at fewer bytes; docs/performance.md has the comparison.
@@ -110,7 +117,7 @@ class Quantized(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """The initializers of one weight; of fp32 and fp16 only ``data``. The operators' ``block_size`` is
+    """The initializers of one weight; of fp32, bf16 and fp16 only ``data``. The operators' ``block_size`` is
     ``precision.block_size(K)``, which differs from ``precision.block`` for one scale per channel.
     """
 
@@ -132,8 +139,7 @@ def pack_linear(weight: LazyTensor, precision: Precision, file: WeightFile, name
         BuildError: NaN or infinity in the weight, or a value beyond float16's range in fp16.
     """
     if not precision.quantized:
-        dtype = onnx.TensorProto.FLOAT if precision.name == "fp32" else onnx.TensorProto.FLOAT16
-        return Packed(file.add_float(name, weight, dtype), None, None)
+        return Packed(file.add_float(name, weight, FLOATS[precision.name]), None, None)
     rows, columns = weight.shape
     block = precision.block_size(columns)
     blocks = -(-columns // block)

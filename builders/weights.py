@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -82,7 +83,7 @@ class WeightFile:
         return self.add(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, [array])
 
     def add_float(self, name: str, tensor: LazyTensor, dtype: int = onnx.TensorProto.FLOAT) -> onnx.TensorProto:
-        """Append a tensor converted to ``dtype`` (FLOAT or FLOAT16), a few rows at a time.
+        """Append a tensor converted to ``dtype`` (FLOAT, BFLOAT16 or FLOAT16), a few rows at a time.
 
         Raises:
             BuildError: a value beyond float16's range (±65504), which would become infinity.
@@ -112,6 +113,8 @@ def _external(name: str, dtype: int, shape: Sequence[int], location: dict[str, s
 def _convert(name: str, values: NDArray[np.float32], dtype: int) -> NDArray[Any]:
     if dtype == onnx.TensorProto.FLOAT:
         return values
+    if dtype == onnx.TensorProto.BFLOAT16:
+        return values.astype(ml_dtypes.bfloat16)
     if dtype != onnx.TensorProto.FLOAT16:
         raise BuildError(f"{name}: cannot convert to {onnx.TensorProto.DataType.Name(dtype)}")
     largest = max(float(values.max(initial=0.0)), -float(values.min(initial=0.0)))

@@ -16,6 +16,7 @@ from python_backends.config import Config
 from python_backends.errors import ConfigError
 from python_backends.manifest import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from python_backends.runtime.memory import window_rows
+from python_backends.runtime.providers import CPU, missing_for_cuda
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 BYTES_PER_WEIGHT: dict[Precision, float] = {"bf16": 2.0, "int8": 1.13, "int4": 0.63}
@@ -45,17 +46,19 @@ class Plan:
     max_context_length: int
     kv_gb: float
     """Of slots, and on the CPU of kept KV beside them."""
+    on_gpu: bool
 
     def __str__(self) -> str:
+        place = "GPU" if self.on_gpu else "CPU"
         return (
-            f"{self.precision} for {self.runtime}, {self.weights_gb:.2g} of {self.free_gb:.3g} GB for weights; "
-            f"{self.max_batch_size} sequences of {self.max_context_length:,} tokens in {self.kv_gb:.2g} GB"
+            f"{self.precision} for {self.runtime} on the {place}, {self.weights_gb:.2g} of {self.free_gb:.3g} GB for "
+            f"weights; {self.max_batch_size} sequences of {self.max_context_length:,} tokens in {self.kv_gb:.2g} GB"
         )
 
     def configuration(self) -> dict[str, Any]:
         """The keys of wicore.json that the plan decides."""
-        memory = "cpu_memory_gb" if self.runtime == ONNXRUNTIME else "gpu_memory_gb"
-        size = self.kv_gb if self.runtime == ONNXRUNTIME else self.free_gb
+        memory = "gpu_memory_gb" if self.on_gpu else "cpu_memory_gb"
+        size = self.free_gb if self.on_gpu else self.kv_gb
         return {
             "max_batch_size": self.max_batch_size,
             "max_context_length": self.max_context_length,
@@ -71,8 +74,8 @@ def choose(folder: Path, settings: Config) -> Plan:
         ConfigError: it does not fit in any precision.
     """
     checkpoint = open_checkpoint(folder)
-    runtime, free = _runtime(settings)
-    ladder = LADDER["cpu" if runtime == ONNXRUNTIME else "gpu"]
+    runtime, free, on_gpu = _runtime(settings)
+    ladder = LADDER["gpu" if on_gpu else "cpu"]
     if runtime != ONNXRUNTIME and settings.trt_precision != "auto":
         ladder = (settings.trt_precision,)  # type: ignore[assignment]  # Config.__post_init__ has checked it
     weights = _num_weights(checkpoint)
@@ -87,21 +90,24 @@ def choose(folder: Path, settings: Config) -> Plan:
             "free; take a smaller model or a larger machine"
         )
     # What kept KV takes of the host's memory is not the slots'.
-    kept = settings.kv_cache_share if settings.enable_hmt and runtime == ONNXRUNTIME else 0.0
+    kept = settings.kv_cache_share if settings.enable_hmt and not on_gpu else 0.0
     slots, context, kv = _slots(checkpoint, settings, (free - needed) * KV_SHARE * (1 - kept))
     kv /= 1 - kept
     block = PER_CHANNEL if runtime != ONNXRUNTIME and precision == "int8" else None
-    return Plan(runtime, precision, block, needed / 1e9, free / 1e9, slots, context, kv / 1e9)
+    return Plan(runtime, precision, block, needed / 1e9, free / 1e9, slots, context, kv / 1e9, on_gpu)
 
 
-def _runtime(settings: Config) -> tuple[str, float]:
-    """What executes the model here, and the bytes it may take."""
+def _runtime(settings: Config) -> tuple[str, float, bool]:
+    """What executes the model here, the bytes it may take, and whether they are a GPU's."""
     gpu = GpuMeter().read()
-    for module, name in (("tensorrt", TENSORRT), ("tensorrt_rtx", TENSORRT_RTX)):
-        if gpu is not None and importlib.util.find_spec(module):
-            free = gpu.memory_total_bytes - gpu.memory_used_bytes
-            return name, min(float(free), settings.gpu_memory_gb * 1e9)
-    return ONNXRUNTIME, min(float(psutil.virtual_memory().available), settings.cpu_memory_gb * 1e9)
+    if gpu is not None:
+        free = min(float(gpu.memory_total_bytes - gpu.memory_used_bytes), settings.gpu_memory_gb * 1e9)
+        for module, name in (("tensorrt", TENSORRT), ("tensorrt_rtx", TENSORRT_RTX)):
+            if importlib.util.find_spec(module):
+                return name, free, True
+        if settings.execution_provider != CPU and not missing_for_cuda():
+            return ONNXRUNTIME, free, True
+    return ONNXRUNTIME, min(float(psutil.virtual_memory().available), settings.cpu_memory_gb * 1e9), False
 
 
 def _num_weights(checkpoint: Checkpoint) -> int:

@@ -48,6 +48,7 @@ MAY_BE_ZERO = frozenset(
 KV_PRECISIONS = ("as-is", "int8", "int4")
 CHOICES = {
     "cpu_kernels": ("auto", "onnxruntime"),
+    "execution_provider": ("auto", "cpu", "cuda"),
     "kv_host_precision": KV_PRECISIONS,
     "kv_nvme_precision": KV_PRECISIONS,
     "log_format": ("text", "json"),
@@ -115,6 +116,9 @@ class Config:
     cpu_kernels: str = "auto"
     """Kernels of quantized products on the CPU: "auto" takes our own where there are AVX-512 VNNI and a C++ compiler,
     "onnxruntime" those of ONNX Runtime."""
+    execution_provider: str = "auto"
+    """Where a build for ONNX Runtime runs: "cpu", "cuda" (needs wicore[cuda]), or "auto": the GPU where ONNX Runtime
+    can use one, else the CPU."""
     server_port: int = 8080
     """The gateway's HTTP port; 0 picks a free one."""
     max_body_bytes: int = 64 * 2**20

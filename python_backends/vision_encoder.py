@@ -51,14 +51,20 @@ def open_runtime(repository: Path) -> VisionRuntime | None:
         if on_gpu is not None:
             return on_gpu
     from python_backends.runtime.onnxruntime import OnnxRuntimeVision
+    from python_backends.runtime.providers import CPU, open_on
 
-    folder = built.folder(contract.VISION_ENCODER)
-    return OnnxRuntimeVision(
-        folder,
-        num_threads=settings.num_threads,
-        cpu_kernels=settings.cpu_kernels,
-        kernel_fusion=settings.enable_kernel_fusion,
-    )
+    def opened(provider: str) -> VisionRuntime:
+        return OnnxRuntimeVision(
+            built.folder(contract.VISION_ENCODER),
+            num_threads=settings.num_threads,
+            cpu_kernels=settings.cpu_kernels,
+            kernel_fusion=settings.enable_kernel_fusion,
+            provider=provider,
+        )
+
+    if built.runtime != ONNXRUNTIME:  # a tower without a plan; the GPU's memory is the decoder's
+        return opened(CPU)
+    return open_on(settings.execution_provider, built.precision, opened)
 
 
 class TritonPythonModel:

@@ -17,6 +17,7 @@ from builders.graph import write_decoder, write_vision_encoder
 from builders.quantize import Precision
 from python_backends.manifest import ImageShape, ModelShape
 from python_backends.runtime.base import StepInputs
+from python_backends.runtime.gpu.interpreter import InterpreterDevice
 from python_backends.runtime.onnxruntime import OnnxRuntimeDecoder, OnnxRuntimeVision
 from tests.checkpoints import scratch
 from tests.prompts import Prompt
@@ -66,6 +67,29 @@ def decoder(
         memory_limit=2**30,
         num_threads=2,
         block_tokens=block_tokens,
+    )
+
+
+def decoder_as_on_gpu(
+    checkpoint: Path,
+    precision: Precision = FP32,
+    *,
+    num_slots: int = 4,
+    context: int = 512,
+    accuracy_level: int = 4,
+    block_tokens: int = 64,
+    memory_limit: int = 2**30,
+) -> OnnxRuntimeDecoder:
+    """The graph, the steps and the caches that a GPU has, computed on the CPU."""
+    return OnnxRuntimeDecoder(
+        artefacts(checkpoint, precision, accuracy_level),
+        model_shape(open_checkpoint(checkpoint).config),
+        num_slots=num_slots,
+        max_context_length=context,
+        memory_limit=memory_limit,
+        num_threads=2,
+        block_tokens=block_tokens,
+        device=InterpreterDevice(),
     )
 
 

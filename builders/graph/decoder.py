@@ -20,7 +20,7 @@ from builders.graph.attention import CacheNames, ContribAttention
 from builders.graph.linear import Linears, Matrix
 from builders.graph.sampling import sample
 from builders.graph.writer import Dim, GraphWriter, Value
-from builders.quantize import Precision
+from builders.quantize import FLOATS, Precision
 from builders.weights import WeightFile
 
 MODEL_FILE = "decoder.onnx"
@@ -70,7 +70,7 @@ class _Decoder:
         self._linears = Linears(graph, precision, accuracy_level)
         self._projections = Linears(graph, attention_precision(precision), accuracy_level)
         # Half the memory at the same speed; the rounding is far below that of the weights.
-        self._cache_dtype = TensorProto.FLOAT if precision.name == "fp32" else TensorProto.FLOAT16
+        self._cache_dtype = FLOATS.get(precision.name, TensorProto.FLOAT16)
         shape = graph.op("Shape", "input_ids")
         self._by_row = graph.op("Concat", shape, graph.ints(-1), axis=0)
         self._by_head = graph.op("Concat", shape, graph.ints(-1, self._text.head_dim), axis=0)

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings in the four precisions.
+"""Linear layers and embeddings in every precision of ONNX Runtime.
 
 Activations enter and leave in float32. Weights keep the checkpoint's [out, in] layout (``Gemm`` with ``transB``,
 ``MatMulNBits``), which is both what the file holds and the faster one to read for a single row.
@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from builders.checkpoint import LazyTensor
 from builders.graph.writer import CONTRIB, GraphWriter, Value
-from builders.quantize import Packed, Precision, pack_linear
+from builders.quantize import FLOATS, Packed, Precision, pack_linear
 
 _HALF_MAX = float(np.finfo(np.float16).max)
 
@@ -54,9 +54,11 @@ class Linears:
             return self._apply_quantized(x, matrix, bias)
         if self._precision.name == "fp32":
             return graph.op("Gemm", x, weight, *([bias] if bias else []), transB=1)
-        # Float16 ends at 65504: an input beyond it (a gated activation) is clamped, not turned into infinity.
-        low, high = (graph.constant(limit, np.float32) for limit in (-_HALF_MAX, _HALF_MAX))
-        half = graph.cast(graph.op("Clip", x, low, high), TensorProto.FLOAT16)
+        if self._precision.name == "fp16":
+            # Float16 ends at 65504: an input beyond it (a gated activation) is clamped, not turned into infinity.
+            low, high = (graph.constant(limit, np.float32) for limit in (-_HALF_MAX, _HALF_MAX))
+            x = graph.op("Clip", x, low, high)
+        half = graph.cast(x, FLOATS[self._precision.name])
         product = graph.cast(graph.op("Gemm", half, weight, transB=1), TensorProto.FLOAT)
         return graph.op("Add", product, bias) if bias else product
 

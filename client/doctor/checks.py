@@ -103,7 +103,10 @@ def tensorrt() -> Finding:
     if GpuMeter().read() is None:
         return Finding("tensorrt", "ok", "none, and no GPU to use it")
     return Finding(
-        "tensorrt", "warning", "none, but a GPU", "pip install 'wicore[tensorrt-rtx]', or 'wicore[tensorrt]'"
+        "tensorrt",
+        "warning",
+        "none, but a GPU",
+        "pip install 'wicore[tensorrt-rtx]' or 'wicore[tensorrt]', or for ONNX Runtime on the GPU 'wicore[cuda]'",
     )
 
 

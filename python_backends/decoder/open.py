@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import psutil
 from tokenizers import Tokenizer
@@ -13,8 +14,13 @@ from python_backends.decoder.engine import Engine
 from python_backends.errors import ArtifactError
 from python_backends.kv.cache import KvCache
 from python_backends.manifest import ONNXRUNTIME, Manifest
-from python_backends.runtime.base import DecoderRuntime, KvLayout
+from python_backends.runtime.base import DecoderRuntime
 
+if TYPE_CHECKING:
+    from python_backends.runtime.gpu.launch import Device
+
+GPU_KV_SHARE = 0.8
+"""Of the GPU memory that ONNX Runtime's weights leave, what its KV caches may take; steps and images need the rest."""
 FREE_MEMORY_SHARE = 0.7
 """Of the memory that is free at start, what KV caches may grow to; the rest is for steps and the other stages."""
 
@@ -28,32 +34,60 @@ def open_engine(manifest: Manifest, config: Config, on_failure: Callable[[], Non
     """
     tokenizer = open_tokenizer(manifest)
     runtime = open_runtime(manifest, config)
-    cache = _open_cache(runtime.kv_layout, manifest, config)
-    aside = _most_aside(runtime, manifest, config)
+    cache = _open_cache(runtime, manifest, config)
+    aside = _most_aside(runtime, config)
     return Engine(runtime, tokenizer, config, cache=cache, on_failure=on_failure, max_aside=aside)
 
 
 def open_runtime(manifest: Manifest, config: Config) -> DecoderRuntime:
-    """Load the decoder that a manifest names, onto the GPU where it was built for one.
+    """Load the decoder that a manifest names, onto the GPU where it was built for one or `Config.execution_provider`
+    has it so.
 
     Raises:
         ArtifactError, ConfigError: as `open_engine`.
     """
     if manifest.runtime != ONNXRUNTIME:
         return _open_gpu(manifest, config)
-    from python_backends.runtime.onnxruntime import OnnxRuntimeDecoder
+    from python_backends.runtime.providers import open_on
 
-    return OnnxRuntimeDecoder(
-        manifest.folder(contract.DECODER),
-        manifest.model,
-        num_slots=config.max_batch_size,
-        max_context_length=config.max_context_length,
-        memory_limit=int(_memory_limit(config) * (1 - config.kv_cache_share if config.enable_hmt else 1.0)),
-        block_tokens=config.kv_block_tokens,
-        num_threads=config.num_threads,
-        cpu_kernels=config.cpu_kernels,
-        kernel_fusion=config.enable_kernel_fusion,
+    return open_on(
+        config.execution_provider,
+        manifest.precision,
+        lambda provider: _open_onnxruntime(manifest, config, provider),
     )
+
+
+def _open_onnxruntime(manifest: Manifest, config: Config, provider: str) -> DecoderRuntime:
+    from python_backends.runtime.onnxruntime import OnnxRuntimeDecoder
+    from python_backends.runtime.providers import CUDA
+
+    device: Device | None = None
+    limit = _memory_limit(config) * (1 - config.kv_cache_share if config.enable_hmt else 1.0)
+    if provider == CUDA:
+        from python_backends.runtime.gpu.open import open_device
+        from python_backends.runtime.kernels.compile import kernel_folder
+
+        device = open_device(kernel_folder() / "gpu", config)
+        weights = sum(file.size for file in manifest.stages[contract.DECODER].files)
+        limit = max(0, device.memory_limit - weights) * GPU_KV_SHARE
+    try:
+        return OnnxRuntimeDecoder(
+            manifest.folder(contract.DECODER),
+            manifest.model,
+            num_slots=config.max_batch_size,
+            max_context_length=config.max_context_length,
+            memory_limit=int(limit),
+            block_tokens=config.kv_block_tokens,
+            num_threads=config.num_threads,
+            cpu_kernels=config.cpu_kernels,
+            kernel_fusion=config.enable_kernel_fusion,
+            provider=provider,
+            device=device,
+        )
+    except BaseException:
+        if device is not None:
+            device.close()
+        raise
 
 
 def _open_gpu(manifest: Manifest, config: Config) -> DecoderRuntime:
@@ -67,27 +101,28 @@ def _open_gpu(manifest: Manifest, config: Config) -> DecoderRuntime:
     return open_decoder(manifest, config)
 
 
-def _open_cache(layout: KvLayout, manifest: Manifest, config: Config) -> KvCache | None:
+def _open_cache(runtime: DecoderRuntime, manifest: Manifest, config: Config) -> KvCache | None:
     """The tiers beside the slots. Slots on a GPU take none of the host's memory, and then no tier lies on the GPU."""
     if not config.enable_hmt:
         return None
     from python_backends.kv.open import open_cache
     from python_backends.kv.tiers.memory import pinned_memory
 
-    fingerprint, limit = _fingerprint(manifest, config), _memory_limit(config)
-    if manifest.runtime != ONNXRUNTIME:
+    layout, limit = runtime.kv_layout, _memory_limit(config)
+    fingerprint = _fingerprint(manifest, config, on_gpu=runtime.spec.on_gpu)
+    if runtime.spec.on_gpu:
         return open_cache(layout, fingerprint, config, int(limit), device_share=0.0, allocate=pinned_memory)
     return open_cache(layout, fingerprint, config, int(limit * config.kv_cache_share))
 
 
-def _most_aside(runtime: DecoderRuntime, manifest: Manifest, config: Config) -> int:
+def _most_aside(runtime: DecoderRuntime, config: Config) -> int:
     """Tokens that may lie outside slots in what slots and tiers leave of the memory for KV; at least one slot's.
 
     A token counts in every layer, though local layers keep their window alone.
     """
     layout, spec = runtime.kv_layout, runtime.spec
     left = _memory_limit(config)
-    if manifest.runtime == ONNXRUNTIME:
+    if not spec.on_gpu:
         slot = spec.max_context_length * layout.global_bytes + layout.window * layout.local_bytes
         left = left * (1 - config.kv_cache_share if config.enable_hmt else 1.0) - spec.num_slots * slot
     elif config.enable_hmt:
@@ -100,12 +135,13 @@ def _memory_limit(config: Config) -> float:
     return min(config.cpu_memory_gb * 1e9, float(psutil.virtual_memory().available) * FREE_MEMORY_SHARE)
 
 
-def _fingerprint(manifest: Manifest, config: Config) -> str:
+def _fingerprint(manifest: Manifest, config: Config, *, on_gpu: bool = False) -> str:
     """What KV depends on beside its layout: the build, and the kernels that run it."""
     if manifest.runtime == ONNXRUNTIME:
         import onnxruntime
 
         kernels = f"onnxruntime-{onnxruntime.__version__}/{config.cpu_kernels}/{config.enable_kernel_fusion}"
+        kernels += "/cuda" * on_gpu
     else:
         from python_backends.runtime.gpu.compile import sources_hash
 

@@ -39,6 +39,8 @@ class DecoderSpec:
     wants_even_steps: bool = False
     """The same of decode steps. Filled up they cost more, and a row's results are the same, bit for bit, with drafts
     and without, its own and others'."""
+    on_gpu: bool = False
+    """Slots lie in a GPU's memory: the host's is the tiers'."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class SlotPlan:
     context_length: int
     """Rows of a global layer's slot."""
     window_capacity: int
-    """Rows of a local layer's slot: the window, and slack so that eviction moves it once in many steps."""
+    """Rows of a local layer's slot: on the CPU the window, and slack so that eviction moves it once in many steps."""
     num_bytes: int
     """Of all slots when full; the system gives pages only as slots fill."""
 
@@ -38,18 +38,29 @@ def window_rows(sliding_window: int) -> int:
     return sliding_window - 1 + max(1, sliding_window // 4 // SUM_ROWS) * SUM_ROWS
 
 
-def plan_slots(model: ModelShape, num_slots: int, context_length: int, limit_bytes: int, item_size: int) -> SlotPlan:
+def plan_slots(
+    model: ModelShape,
+    num_slots: int,
+    context_length: int,
+    limit_bytes: int,
+    item_size: int,
+    *,
+    local_rows: int | None = None,
+    setting: str = "cpu_memory_gb",
+) -> SlotPlan:
     """The slots to make: those asked for, clipped to the model's context and to ``limit_bytes``.
 
     Where memory does not suffice, slots go first, down to 4; then the context, down to 8192 tokens; then the other
-    slots, and the rest of the context down to 512. ``item_size`` is the bytes of one cache element.
+    slots, and the rest of the context down to 512. ``item_size`` is the bytes of one cache element, ``local_rows`` the
+    rows of a local layer's slot: `window_rows` where None, the whole context where 0. ``setting`` is the key of the
+    limit.
 
     Raises:
         ConfigError: not even that fits.
     """
-    window_capacity = window_rows(model.sliding_window)
+    window_capacity = window_rows(model.sliding_window) if local_rows is None else local_rows
     row = 2 * model.num_kv_heads * model.head_dim * item_size
-    num_local = sum(kind == "local" for kind in model.layer_types)
+    num_local = sum(kind == "local" for kind in model.layer_types) if window_capacity else 0
     num_global = len(model.layer_types) - num_local
     windows = row * num_local * window_capacity
 
@@ -66,10 +77,10 @@ def plan_slots(model: ModelShape, num_slots: int, context_length: int, limit_byt
     needed = num_slots * slot_bytes(context_length)
     if needed > limit_bytes:
         raise ConfigError(
-            f"cpu_memory_gb leaves {limit_bytes / 1e9:.3g} GB for KV caches, and {num_slots} slot of {context_length} "
+            f"{setting} leaves {limit_bytes / 1e9:.3g} GB for KV caches, and {num_slots} slot of {context_length} "
             f"tokens needs {needed / 1e9:.3g}; raise it"
         )
-    return SlotPlan(num_slots, context_length, window_capacity, needed)
+    return SlotPlan(num_slots, context_length, window_capacity or context_length, needed)
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:

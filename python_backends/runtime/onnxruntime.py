@@ -1,7 +1,7 @@
-"""ONNX Runtime on the CPU: KV caches are ours, and every step appends to them in place.
+"""ONNX Runtime on the CPU or a GPU: KV caches are ours, and every step appends to them in place.
 
-The graphs are those of `builders.graph`. A step binds inputs, caches and outputs by address, so nothing but the small
-inputs is written and no cache is ever copied.
+The graphs are those of `builders.graph`; on a GPU `cuda_graph` changes what its kernels want otherwise. A step binds
+inputs, caches and outputs by address, so nothing but the small inputs is written and no cache is ever copied.
 """
 
 from __future__ import annotations
@@ -12,24 +12,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnxruntime
-import psutil
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from python_backends.errors import ArtifactError, InternalError
 from python_backends.manifest import ModelShape
 from python_backends.runtime.base import DecoderSpec, Float32, KvLayout, SlotState, StepInputs, StepOutputs, UInt8
 from python_backends.runtime.checks import check_step
-from python_backends.runtime.kernels import accelerate
+from python_backends.runtime.cuda_graph import needs_whole_caches, rewrite_for_cuda
+from python_backends.runtime.device_slots import DeviceSlots
+from python_backends.runtime.gpu.launch import Device
 from python_backends.runtime.memory import plan_slots
-from python_backends.runtime.rows import join_rows, single_row
+from python_backends.runtime.providers import CPU, CUDA, open_session, rebuild
+from python_backends.runtime.rows import join_rows, single_row, spread_rows, unpadded
 from python_backends.runtime.slots import DEFAULT_BLOCK_TOKENS, SlotCaches, SlotCopy
 
 DECODER_FILE = "decoder.onnx"
 VISION_FILE = "vision_encoder.onnx"
 
-_DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+_CACHES: dict[str, tuple[np.dtype[Any], int]] = {
+    "tensor(float)": (np.dtype(np.float32), TensorProto.FLOAT),
+    "tensor(float16)": (np.dtype(np.float16), TensorProto.FLOAT16),
+    "tensor(bfloat16)": (np.dtype(ml_dtypes.bfloat16), TensorProto.BFLOAT16),
+}
+"""Element types of caches: NumPy's and ONNX's."""
 _VARIABLE = (
     *("input_ids", "logit_positions", "uniform", "targets", "adjust_ids", "adjust_factor", "adjust_bias", "token_mask"),
     *("next_token", "logprob", "top_ids", "top_logprobs", "block_attention"),
@@ -54,9 +63,12 @@ class OnnxRuntimeDecoder:
         num_threads: compute threads; 0 takes every physical core.
         block_tokens: tokens of a KV block (`KvLayout`).
         cpu_kernels, kernel_fusion: see `Config`.
+        provider: `CPU` or `CUDA`.
+        device: where the caches lie, closed with the decoder; None is host memory of our own. With one the graph is
+            that for CUDA, whatever the provider, and every step goes in parts without padding.
 
     Raises:
-        ArtifactError: the graph is missing, corrupt or of another model.
+        ArtifactError: the graph is missing, corrupt or of another model, or the provider cannot be used.
         ConfigError: the memory limit is too small for one short slot.
     """
 
@@ -72,16 +84,27 @@ class OnnxRuntimeDecoder:
         block_tokens: int = DEFAULT_BLOCK_TOKENS,
         cpu_kernels: str = "auto",
         kernel_fusion: bool = True,
+        provider: str = CPU,
+        device: Device | None = None,
     ) -> None:
-        self._session = _open(folder / DECODER_FILE, num_threads, cpu_kernels, kernel_fusion=kernel_fusion)
+        path = folder / DECODER_FILE
+        graph = None if device is None else _for_cuda(path)
+        self._provider, self._on_device = provider, device is not None
+        self._session = open_session(path, provider, num_threads, cpu_kernels, kernel_fusion=kernel_fusion, model=graph)
         inputs = {item.name: item for item in self._session.get_inputs()}
         if _interface(self._session) != _wanted_interface(model):
-            raise ArtifactError(_rebuild(folder / DECODER_FILE, "it is a decoder of another model or version"))
-        dtype = _DTYPES[inputs["past_key.0"].type]
-        plan = plan_slots(model, num_slots, max_context_length, memory_limit, dtype.itemsize)
+            raise ArtifactError(rebuild(path, "it is a decoder of another model or version"))
+        dtype, self._cache_type = _CACHES[inputs["past_key.0"].type]
+        sizes = num_slots, max_context_length, memory_limit, dtype.itemsize
         self._model = model
         self._takes_images = "image_index" in inputs
-        self._slots = SlotCaches(model, plan, dtype, block_tokens)
+        if device is None:
+            plan = plan_slots(model, *sizes)
+            self._slots = SlotCaches(model, plan, dtype, block_tokens)
+        else:
+            rows = 0 if needs_whole_caches(self._cache_type) else model.sliding_window  # slack is refused there
+            plan = plan_slots(model, *sizes, local_rows=rows, setting="gpu_memory_gb")
+            self._slots = DeviceSlots(device, model, plan, dtype, block_tokens)
         self._bindings: dict[tuple[int, ...], Any] = {}
         image = model.image
         self._spec = DecoderSpec(
@@ -92,11 +115,15 @@ class OnnxRuntimeDecoder:
             image_token_id=image.image_token_id if image else None,
             tokens_per_image=image.tokens_per_image if image else 0,
             eos_token_ids=model.eos_token_ids,
-            wants_even_chunks=True,  # attention takes queries in even pieces; a last one of one row has its own kernel
-            wants_even_steps=dtype == np.float32,  # who decodes in float32 wants to compare, and not to be fast
+            # On the CPU attention takes queries in even pieces; a last one of one row has its own kernel.
+            wants_even_chunks=device is None,
+            # Who decodes in float32 wants to compare, and not to be fast.
+            wants_even_steps=device is None and dtype == np.float32,
+            on_gpu=provider == CUDA,
         )
         _log.info(
-            "decoder: %d slots of %d tokens, %.2f GB when full",
+            "decoder on %s: %d slots of %d tokens, %.2f GB when full",
+            provider,
             plan.num_slots,
             plan.context_length,
             plan.num_bytes / 1e9,
@@ -120,6 +147,11 @@ class OnnxRuntimeDecoder:
         """
         check_step(inputs, self._spec, takes_images=self._takes_images)
         rows, length = inputs.input_ids.shape
+        if self._on_device:
+            return spread_rows(
+                [(part, self._run(step, want_logits)) for part, step in unpadded(inputs)],
+                self._room(inputs, want_logits),
+            )
         # The operator wants room for the padding too (an idle row counts as one of past length 1). Near the end of a
         # context rows go one by one, unpadded.
         past = np.where(inputs.query_len > 0, inputs.past_len, 1)
@@ -185,39 +217,45 @@ class OnnxRuntimeDecoder:
     def close(self) -> None:
         """Free caches and session."""
         self._bindings.clear()
-        self._slots.buffers.clear()
         del self._session
+        self._slots.close()
 
     def _run(self, inputs: StepInputs, want_logits: bool) -> StepOutputs:
-        rows, wanted = inputs.logit_positions.shape
-        block = inputs.attention_block
-        binding = self._binding(inputs.first_slot, rows, want_logits, inputs.top_n > 0, block > 0)
+        rows = len(inputs.past_len)
+        binding = self._binding(inputs.first_slot, rows, want_logits, inputs.top_n > 0, inputs.attention_block > 0)
         arrays = self._feeds(inputs)  # referenced until the run is over: the binding holds addresses only
         for name, array in arrays.items():
             _bind(binding.bind_input, name, array)
-        outputs = StepOutputs(np.empty((rows, wanted), np.int32), np.empty((rows, wanted), np.float32))
-        if want_logits:
-            outputs.logits = np.empty((rows, wanted, self._spec.vocab_size), np.float32)
-        if inputs.top_n:
-            outputs.top_ids = np.empty((rows, wanted, inputs.top_n), np.int32)
-            outputs.top_logprobs = np.empty((rows, wanted, inputs.top_n), np.float32)
-        if block:
-            longest = max(1, int((inputs.past_len + inputs.query_len).max()))
-            outputs.block_attention = np.empty((rows, -(-longest // block)), np.float32)
+        outputs = self._room(inputs, want_logits)
         for field in dataclasses.fields(outputs):
             array = getattr(outputs, field.name)
             if array is not None:
                 _bind(binding.bind_output, field.name, array)
         try:
+            binding.synchronize_inputs()
             self._session.run_with_iobinding(binding, self._run_options(inputs.input_ids.size))
+            binding.synchronize_outputs()
         except Exception as error:  # the module's exceptions share no base class of their own
             raise InternalError(f"decoder step failed: {error}") from error
         return outputs
 
-    @staticmethod
-    def _run_options(tokens: int) -> onnxruntime.RunOptions:
+    def _room(self, inputs: StepInputs, want_logits: bool) -> StepOutputs:
+        """Outputs to fill, zeros so far."""
+        rows, wanted = inputs.logit_positions.shape
+        outputs = StepOutputs(np.zeros((rows, wanted), np.int32), np.zeros((rows, wanted), np.float32))
+        if want_logits:
+            outputs.logits = np.zeros((rows, wanted, self._spec.vocab_size), np.float32)
+        if inputs.top_n:
+            outputs.top_ids = np.zeros((rows, wanted, inputs.top_n), np.int32)
+            outputs.top_logprobs = np.zeros((rows, wanted, inputs.top_n), np.float32)
+        if inputs.attention_block:
+            longest = max(1, int((inputs.past_len + inputs.query_len).max()))
+            outputs.block_attention = np.zeros((rows, -(-longest // inputs.attention_block)), np.float32)
+        return outputs
+
+    def _run_options(self, tokens: int) -> onnxruntime.RunOptions:
         options = onnxruntime.RunOptions()
-        if tokens > _SHRINK_FROM:
+        if tokens > _SHRINK_FROM and self._provider == CPU:  # a GPU waits for everything while it frees memory
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         return options
 
@@ -264,25 +302,32 @@ class OnnxRuntimeDecoder:
             if len(self._bindings) >= _MAX_BINDINGS:
                 del self._bindings[next(iter(self._bindings))]
             binding = self._session.io_binding()
-            for name, cache in self._slots.buffers.items():
-                part = cache[first_slot : first_slot + rows]
-                _bind(binding.bind_input, f"past_{name}", part)
-                _bind(binding.bind_output, f"present_{name}", part)
+            for name in self._slots.names:
+                place = self._cache_type, *self._slots.place(name, first_slot, rows)
+                binding.bind_input(f"past_{name}", self._provider, 0, *place)
+                binding.bind_output(f"present_{name}", self._provider, 0, *place)
             self._bindings[key] = binding
         return self._bindings[key]
 
 
 class OnnxRuntimeVision:
-    """`VisionRuntime` over the vision graph. Not thread-safe.
+    """`VisionRuntime` over the vision graph, on `CPU` or `CUDA`. Not thread-safe.
 
     Raises:
-        ArtifactError: the graph is missing or corrupt.
+        ArtifactError: the graph is missing or corrupt, or the provider cannot be used.
     """
 
     def __init__(
-        self, folder: Path, *, num_threads: int = 0, cpu_kernels: str = "auto", kernel_fusion: bool = True
+        self,
+        folder: Path,
+        *,
+        num_threads: int = 0,
+        cpu_kernels: str = "auto",
+        kernel_fusion: bool = True,
+        provider: str = CPU,
     ) -> None:
-        self._session = _open(folder / VISION_FILE, num_threads, cpu_kernels, kernel_fusion=kernel_fusion)
+        path = folder / VISION_FILE
+        self._session = open_session(path, provider, num_threads, cpu_kernels, kernel_fusion=kernel_fusion)
         _, channels, height, width = self._session.get_inputs()[0].shape
         _, self._tokens, self._hidden = self._session.get_outputs()[0].shape
         self._image_shape = (int(channels), int(height), int(width))
@@ -295,7 +340,7 @@ class OnnxRuntimeVision:
     def encode(self, pixels: UInt8) -> Float32:
         """[N, 3, H, W] uint8 RGB → [N, tokens_per_image, D] float32.
 
-        Images are encoded one at a time: an image fills the cores, and memory does not grow with N.
+        Images are encoded one at a time: an image fills the cores or the GPU, and memory does not grow with N.
 
         Raises:
             InternalError: another shape, or a failure of the backend.
@@ -316,30 +361,13 @@ class OnnxRuntimeVision:
         del self._session
 
 
-def _open(path: Path, num_threads: int, cpu_kernels: str, *, kernel_fusion: bool) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    if not kernel_fusion:  # our kernels run whole layers, and ONNX Runtime fuses above its basic level
-        cpu_kernels = "onnxruntime"
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.intra_op_num_threads = num_threads or psutil.cpu_count(logical=False) or 1
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
-    # Triton's processes share the cores. With a busy neighbour, threads that spin made a 1B int4 decode step take
-    # 55 to 240 ms instead of 38; alone they gain a tenth at most.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.enable_mem_pattern = False  # a pattern is kept for every shape seen, and chunk shapes are many
+def _for_cuda(path: Path) -> bytes:
     if not path.is_file():
-        raise ArtifactError(_rebuild(path, "it is missing"))
+        raise ArtifactError(rebuild(path, "it is missing"))
     try:
-        model = accelerate(path, options, cpu_kernels)
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the module's exceptions share no base class of their own
-        raise ArtifactError(_rebuild(path, f"it cannot be loaded ({error})")) from error
-
-
-def _rebuild(path: Path, what: str) -> str:
-    return f"{path}: {what}; rebuild the model repository with `wicore build CHECKPOINT --force`"
+        return rewrite_for_cuda(path)
+    except Exception as error:  # protobuf's exceptions share no base class with what a wrong graph raises
+        raise ArtifactError(rebuild(path, f"it cannot be loaded ({error})")) from error
 
 
 def _interface(session: onnxruntime.InferenceSession) -> dict[str, list[int]]:

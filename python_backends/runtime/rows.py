@@ -29,6 +29,47 @@ def single_row(inputs: StepInputs, row: int) -> StepInputs:
     return dataclasses.replace(inputs, **fields)
 
 
+def some_rows(inputs: StepInputs, part: slice) -> StepInputs:
+    """Neighbouring rows of a step."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(inputs):
+        value = getattr(inputs, field.name)
+        if value is not None and field.name not in _SHARED:
+            fields[field.name] = value[part]
+    fields["first_slot"] = inputs.first_slot + part.start
+    return dataclasses.replace(inputs, **fields)
+
+
+def unpadded(inputs: StepInputs) -> list[tuple[slice, StepInputs]]:
+    """The step taken apart into steps without padding and without idle rows, each with the rows that it is of.
+
+    Rows of one token stay together where they are neighbours; a longer chunk goes alone.
+    """
+    found: list[tuple[slice, StepInputs]] = []
+    width = inputs.input_ids.shape[1]
+    active = [row for row, length in enumerate(inputs.query_len) if length > 0]
+    for row in active:
+        if width > 1:
+            found.append((slice(row, row + 1), single_row(inputs, row)))
+        elif found and found[-1][0].stop == row:
+            part = slice(found[-1][0].start, row + 1)
+            found[-1] = part, some_rows(inputs, part)
+        else:
+            part = slice(row, row + 1)
+            found.append((part, some_rows(inputs, part)))
+    return found
+
+
+def spread_rows(parts: Sequence[tuple[slice, StepOutputs]], into: StepOutputs) -> StepOutputs:
+    """The outputs of `unpadded` steps, put where they belong in those of the whole step."""
+    for part, outputs in parts:
+        for field in dataclasses.fields(StepOutputs):
+            whole, values = getattr(into, field.name), getattr(outputs, field.name)
+            if whole is not None:
+                whole[part, : values.shape[1]] = values
+    return into
+
+
 def join_rows(rows: Sequence[StepOutputs]) -> StepOutputs:
     """The rows' outputs as those of one step."""
     joined: dict[str, Any] = {}

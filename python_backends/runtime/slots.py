@@ -10,7 +10,7 @@ after T tokens the first L(T) rows of a slot hold the L(T) newest tokens in orde
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +43,18 @@ class SlotCopy:
 
 
 class SlotCaches:
-    """The buffers "key.i" and "value.i" [num_slots, kv_heads, capacity, head_dim] of every layer i."""
+    """The buffers "key.i" and "value.i" [num_slots, kv_heads, capacity, head_dim] of every layer i, in host memory.
+
+    Where else they lie, `_make`, `place`, `_read`, `_write` and `_finish` are other ones (`device_slots`).
+    """
 
     def __init__(
         self, model: ModelShape, plan: SlotPlan, dtype: np.dtype[Any], block_tokens: int = DEFAULT_BLOCK_TOKENS
     ) -> None:
         self._plan = plan
         self._window = model.sliding_window
+        self._row = model.num_kv_heads, model.head_dim
+        self.dtype = dtype
         self.layout = _layout(model, dtype, block_tokens)
         self.buffers: dict[str, NDArray[Any]] = {}
         self._local: dict[str, bool] = {}
@@ -57,8 +62,36 @@ class SlotCaches:
             capacity = plan.window_capacity if kind == "local" else plan.context_length
             shape = (plan.num_slots, model.num_kv_heads, capacity, model.head_dim)
             for part in ("key", "value"):
-                self.buffers[f"{part}.{layer}"] = lazy_zeros(shape, dtype)
+                self._make(f"{part}.{layer}", shape)
                 self._local[f"{part}.{layer}"] = kind == "local"
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Of the caches."""
+        return self._local
+
+    def place(self, name: str, first_slot: int, slots: int) -> tuple[tuple[int, ...], int]:
+        """(shape, address) of some slots of a cache."""
+        part = self.buffers[name][first_slot : first_slot + slots]
+        return part.shape, part.ctypes.data
+
+    def close(self) -> None:
+        """Free the caches."""
+        self.buffers.clear()
+
+    def _make(self, name: str, shape: tuple[int, ...]) -> None:
+        self.buffers[name] = lazy_zeros(shape, self.dtype)
+
+    def _read(self, name: str, slot: int, start: int, into: NDArray[Any]) -> None:
+        """Copy rows from ``start`` on out, as many as ``into`` [kv_heads, rows, head_dim] has."""
+        into[...] = self.buffers[name][slot, :, start : start + into.shape[1]]
+
+    def _write(self, name: str, slot: int, start: int, values: NDArray[Any]) -> None:
+        """Copy rows in."""
+        self.buffers[name][slot, :, start : start + values.shape[1]] = values
+
+    def _finish(self) -> None:
+        """Called when all copies of a call were started."""
 
     def evicted(self, length: int) -> int:
         """Tokens that a local layer no longer holds after ``length`` of them: length − L(length)."""
@@ -85,7 +118,10 @@ class SlotCaches:
             InternalError: no such slot, or more tokens than one holds.
         """
         self._check(slot, length)
-        rows = {name: buffer[slot, :, : self._live(name, length)].copy() for name, buffer in self.buffers.items()}
+        rows = {name: np.empty(self._shape(self._live(name, length)), self.dtype) for name in self.names}
+        for name, into in rows.items():
+            self._read(name, slot, 0, into)
+        self._finish()
         return SlotCopy(length, rows)
 
     def import_slot(self, slot: int, state: SlotCopy) -> None:
@@ -95,12 +131,12 @@ class SlotCaches:
             InternalError: no such slot, or a state of other caches.
         """
         self._check(slot, state.length)
-        targets = {name: buffer[slot, :, : self._live(name, state.length)] for name, buffer in self.buffers.items()}
         found = {name: (part.shape, part.dtype) for name, part in state.rows.items()}
-        if found != {name: (part.shape, part.dtype) for name, part in targets.items()}:
+        if found != {name: (self._shape(self._live(name, state.length)), self.dtype) for name in self.names}:
             raise InternalError("a slot state of another model or of other cache sizes")
-        for name, target in targets.items():
-            target[...] = state.rows[name]
+        for name, rows in state.rows.items():
+            self._write(name, slot, 0, rows)
+        self._finish()
 
     def export_block(self, slot: int, start: int, into: memoryview) -> None:
         """See `DecoderRuntime.export_block`.
@@ -113,9 +149,10 @@ class SlotCaches:
         _check_bytes(into, self.layout.block_bytes)
         if start % size:
             raise InternalError(f"a block does not start at token {start}")
-        parts = _Parts(into)
-        for cache in self._of_kind(local=False):
-            parts.take(cache, size)[...] = cache[slot, :, start : start + size]
+        parts = self._parts(into)
+        for name in self._of_kind(local=False):
+            self._read(name, slot, start, parts.take(size))
+        self._finish()
 
     def export_tail(self, slot: int, length: int, into: memoryview) -> None:
         """See `DecoderRuntime.export_tail`.
@@ -125,13 +162,14 @@ class SlotCaches:
         """
         self._check(slot, length)
         _check_bytes(into, self.layout.tail_bytes(length))
-        parts = _Parts(into)
+        parts = self._parts(into)
         partial, resident = length % self.layout.block_tokens, length - self.evicted(length)
-        for cache in self._of_kind(local=False):
-            parts.take(cache, partial)[...] = cache[slot, :, length - partial : length]
-        for cache in self._of_kind(local=True):
+        for name in self._of_kind(local=False):
+            self._read(name, slot, length - partial, parts.take(partial))
+        for name in self._of_kind(local=True):
             seen = min(length, self._window)
-            parts.take(cache, seen)[...] = cache[slot, :, resident - seen : resident]
+            self._read(name, slot, resident - seen, parts.take(seen))
+        self._finish()
 
     def import_blocks(
         self,
@@ -159,16 +197,17 @@ class SlotCaches:
             )
         for index, block in enumerate(blocks, first):
             _check_bytes(block, self.layout.block_bytes)
-            parts = _Parts(block)
-            for cache in self._of_kind(local=False):
-                cache[slot, :, index * size : (index + 1) * size] = parts.take(cache, size)
-        parts = _Parts(tail)
-        for cache in self._of_kind(local=False):
-            cache[slot, :, length - length % size : length] = parts.take(cache, length % size)
-        for cache in self._of_kind(local=True):
-            self._import_window(cache[slot], parts.take(cache, min(length, self._window)), length, kept)
+            parts = self._parts(block)
+            for name in self._of_kind(local=False):
+                self._write(name, slot, index * size, parts.take(size))
+        parts = self._parts(tail)
+        for name in self._of_kind(local=False):
+            self._write(name, slot, length - length % size, parts.take(length % size))
+        for name in self._of_kind(local=True):
+            self._import_window(name, slot, parts.take(min(length, self._window)), length, kept)
+        self._finish()
 
-    def _import_window(self, cache: NDArray[Any], window: NDArray[Any], length: int, kept: int) -> None:
+    def _import_window(self, name: str, slot: int, window: NDArray[Any], length: int, kept: int) -> None:
         """Put the newest tokens where ``kept`` computed ones would have left them.
 
         The rows before hold tokens that no later query sees, but the operator multiplies them by a probability of zero:
@@ -176,11 +215,18 @@ class SlotCaches:
         """
         seen = window.shape[1] - (length - kept)
         end = kept - self.evicted(kept)
-        cache[:, : end - seen] = 0
-        cache[:, end - seen : end] = window[:, :seen]
+        self._write(name, slot, 0, np.zeros(self._shape(end - seen), self.dtype))
+        self._write(name, slot, end - seen, window[:, :seen])
 
-    def _of_kind(self, *, local: bool) -> Iterator[NDArray[Any]]:
-        return (cache for name, cache in self.buffers.items() if self._local[name] == local)
+    def _of_kind(self, *, local: bool) -> Iterator[str]:
+        return (name for name, is_local in self._local.items() if is_local == local)
+
+    def _shape(self, rows: int) -> tuple[int, int, int]:
+        heads, size = self._row
+        return heads, rows, size
+
+    def _parts(self, payload: memoryview) -> _Parts:
+        return _Parts(payload, self._row, self.dtype)
 
     def _live(self, name: str, length: int) -> int:
         return length - self.evicted(length) if self._local[name] else length
@@ -196,15 +242,16 @@ class SlotCaches:
 class _Parts:
     """Cuts the bytes of a block or a tail into the arrays that they are a sequence of."""
 
-    def __init__(self, payload: memoryview) -> None:
+    def __init__(self, payload: memoryview, row: tuple[int, int], dtype: np.dtype[Any]) -> None:
         self._payload = payload
+        self._row, self._dtype = row, dtype
         self._offset = 0
 
-    def take(self, cache: NDArray[Any], tokens: int) -> NDArray[Any]:
-        """The next one, [kv_heads, tokens, head_dim], shaped as rows of ``cache`` are."""
-        _, heads, _, size = cache.shape
+    def take(self, tokens: int) -> NDArray[Any]:
+        """The next one, [kv_heads, tokens, head_dim]."""
+        heads, size = self._row
         count = heads * tokens * size
-        part = np.frombuffer(self._payload, cache.dtype, count, self._offset)
+        part = np.frombuffer(self._payload, self._dtype, count, self._offset)
         self._offset += part.nbytes
         return part.reshape(heads, tokens, size)
 

@@ -44,7 +44,7 @@ def built(checkpoint: Path, tmp_path: Path) -> Result:
     return build(checkpoint, tmp_path / "repository", INT8)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8", "int4"])
 def test_a_build_fills_every_stage_and_its_manifest_describes_it(
     checkpoint: Path, tmp_path: Path, precision: Any
 ) -> None:

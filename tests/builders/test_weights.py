@@ -110,3 +110,11 @@ def test_a_weight_beyond_float16_is_refused_and_the_last_one_within_is_not(tmp_p
         file.add_float("w", Matrix([[65504.0, -65504.0]]), TensorProto.FLOAT16)
         with pytest.raises(BuildError, match="beyond float16's 65504; build with --precision fp32"):
             file.add_float("v", Matrix([[1.0, value]]), TensorProto.FLOAT16)
+
+
+def test_bfloat16_is_rounded_to_the_nearest(tmp_path: Path) -> None:
+    with WeightFile(tmp_path / "model.weights") as file:
+        stored = file.add_float("w", Matrix([[1.0, 1.003, -70100.0]]), TensorProto.BFLOAT16)
+    assert stored.data_type == int(TensorProto.BFLOAT16)
+    raw = np.fromfile(tmp_path / "model.weights", np.uint16).astype(np.uint32) << 16
+    np.testing.assert_array_equal(raw.view(np.float32), [1.0, 1.0, -70144.0])

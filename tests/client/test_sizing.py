@@ -66,6 +66,22 @@ def test_a_gpu_is_preferred_and_bounded_by_the_configuration(machine: SimpleName
     assert sizing.choose(DEMO_CHECKPOINT, Config()).runtime == ONNXRUNTIME
 
 
+def test_a_gpu_without_tensorrt_is_onnx_runtimes_where_it_has_its_cuda_provider(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.gpu = 24 * GB
+    monkeypatch.setattr(sizing.importlib.util, "find_spec", lambda _: None)
+    for missing, provider, wanted in (
+        ("", "auto", ("bf16", "gpu_memory_gb")),
+        ("", "cpu", ("int8", "cpu_memory_gb")),
+        ("this ONNX Runtime has no CUDA provider", "auto", ("int8", "cpu_memory_gb")),
+    ):
+        monkeypatch.setattr(sizing, "missing_for_cuda", lambda missing=missing: missing)
+        plan = sizing.choose(DEMO_CHECKPOINT, Config(execution_provider=provider))
+        assert plan.runtime == ONNXRUNTIME
+        assert (plan.precision, wanted[1] in plan.configuration()) == (wanted[0], True)
+
+
 @given(
     memory_gb=st.floats(0.02, 200),
     slots=st.integers(1, 64),

@@ -28,7 +28,7 @@ ROUNDS = 5
 STEPS = 40
 CHUNK_BLOCKS = 8
 """Blocks that a chunk of a prompt leaves at once."""
-QUEUED_BYTES = 1 << 30
+QUEUED_BYTES = 2 << 30
 """What is kept on its way in each direction beside the steps: more than crosses the link within one."""
 DISK_BYTES = 1 << 29
 

@@ -52,9 +52,9 @@ class GroupCodec:
 
     def __init__(self, bits: int, dtype: str) -> None:
         self.bits = bits
-        self._dtype: np.dtype[Any] = np.dtype(dtype)
-        if self._dtype.kind != "f":
+        if dtype not in ("float32", "float16"):
             raise ConfigError(f"a KV cache of {dtype} cannot be kept as int{bits}; set its precision to as-is")
+        self._dtype: np.dtype[Any] = np.dtype(dtype)
 
     @property
     def name(self) -> str:
@@ -162,6 +162,6 @@ def _narrowed(values: NDArray[np.float32]) -> NDArray[np.float16]:
 def make_codec(precision: str, dtype: str) -> Codec | None:
     """The codec of a precision of the configuration for elements of ``dtype``; None: payloads as they are.
 
-    Raises ConfigError where the elements are no floating-point numbers.
+    Raises ConfigError where the elements are neither float32 nor float16.
     """
     return None if precision == "as-is" else GroupCodec(int(precision.removeprefix("int")), dtype)

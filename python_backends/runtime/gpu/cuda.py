@@ -272,16 +272,20 @@ class HostBuffer:
         check(cu.cuMemFreeHost(self.address))
 
 
-def _open_device(ordinal: int) -> Any:
+def driver_fault() -> str:
+    """Why no GPU can be used here; empty where one can."""
     try:
         (status,) = cu.cuInit(0)
-    except Exception as error:  # the binding raises its loader's own exceptions
-        raise ArtifactError(
-            "no NVIDIA driver was found; install it (nvidia-smi must list the GPU), or build for the CPU with "
-            "`wicore build CHECKPOINT --runtime onnxruntime`"
-        ) from error
+    except Exception:  # the binding raises its loader's own exceptions
+        return "no NVIDIA driver was found; install it (nvidia-smi must list the GPU)"
     if status != cu.CUresult.CUDA_SUCCESS:
-        raise ArtifactError(f"the NVIDIA driver cannot be used ({status.name}); does nvidia-smi list the GPU?")
+        return f"the NVIDIA driver cannot be used ({status.name}); does nvidia-smi list the GPU?"
+    return "" if check(cu.cuDeviceGetCount()) else "the NVIDIA driver lists no GPU; is CUDA_VISIBLE_DEVICES empty?"
+
+
+def _open_device(ordinal: int) -> Any:
+    if fault := driver_fault():
+        raise ArtifactError(f"{fault}, or build for the CPU with `wicore build CHECKPOINT --runtime onnxruntime`")
     count = check(cu.cuDeviceGetCount())
     if ordinal >= count:
         raise ArtifactError(f"GPU {ordinal} of {count}; set CUDA_VISIBLE_DEVICES, or build with --runtime onnxruntime")

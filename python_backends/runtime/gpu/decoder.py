@@ -95,6 +95,7 @@ class GpuDecoder:
             image_token_id=image.image_token_id if image else None,
             tokens_per_image=image.tokens_per_image if image else 0,
             eos_token_ids=model.eos_token_ids,
+            on_gpu=True,
         )
         _log.info(
             "decoder: %d slots of %d tokens, %.2f GB of KV, %.2f GB in all",

@@ -15,7 +15,8 @@ from python_backends.runtime.kernels.rewrite import rewrite
 from python_backends.runtime.kernels.self_check import check
 
 _STOCK = "onnxruntime"
-_FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+"""Of a session: where the weights of a model lie that is given as bytes."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def accelerate(path: Path, options: onnxruntime.SessionOptions, choice: str = "a
     if not exchanged:
         return str(path)
     options.register_custom_ops_library(str(compiled))
-    options.add_session_config_entry(_FOLDER_OPTION, str(path.parent))
+    options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
     _log.info("%s: %d quantized products run on %s", path.name, exchanged, _instructions())
     return model
 

@@ -15,8 +15,9 @@ from python_backends.config import Config
 from python_backends.decoder.engine import Engine
 from python_backends.decoder.open import open_engine, open_runtime
 from python_backends.decoder.parameters import parameters_within
-from python_backends.errors import ConfigError, InvalidParameterError, OverloadedError
+from python_backends.errors import ArtifactError, ConfigError, InvalidParameterError, OverloadedError
 from python_backends.runtime.kernels import cpu
+from python_backends.runtime.providers import missing_for_cuda
 from tests.checkpoints import tiny
 from tests.driver import decoder
 from tests.paths import DEMO_CHECKPOINT
@@ -232,3 +233,23 @@ def test_kernels_are_chosen_and_whether_they_are_fused(built, caplog):
     assert opened() == (True, everything)
     assert opened(cpu_kernels="onnxruntime") == (False, everything)
     assert opened(enable_kernel_fusion=False) == (False, basic)
+
+
+@pytest.mark.effect("execution_provider")
+def test_onnx_runtime_runs_where_it_is_told_to(built):
+    def slots_on_gpu(provider):
+        runtime = open_runtime(
+            built, Config(execution_provider=provider, enable_hmt=False, max_batch_size=1, max_context_length=256)
+        )
+        found = runtime.spec.on_gpu
+        runtime.close()
+        return found
+
+    assert not slots_on_gpu("cpu")
+    if missing_for_cuda():
+        assert not slots_on_gpu("auto")
+        with pytest.raises(ArtifactError, match=r"execution_provider is cuda, and .*(pip install|nvidia-smi)"):
+            slots_on_gpu("cuda")
+    else:
+        assert slots_on_gpu("auto")
+        assert slots_on_gpu("cuda")

@@ -11,6 +11,7 @@ from python_backends.config import Config
 from python_backends.decoder.open import open_engine
 from python_backends.errors import ArtifactError
 from python_backends.manifest import TENSORRT_RTX
+from python_backends.runtime.providers import missing_for_cuda
 from tests.builders.checkpoint_files import complete
 
 
@@ -23,3 +24,13 @@ def test_a_build_for_gpus_says_what_is_missing_where_there_is_none(tmp_path):
     )
     with pytest.raises(ArtifactError, match=r"pip install 'wicore\[tensorrt-rtx\]'|no NVIDIA driver was found"):
         open_engine(built.manifest, Config())
+
+
+def test_bf16_for_onnx_runtime_says_what_is_missing_where_there_is_no_gpu(tmp_path):
+    if not missing_for_cuda():
+        pytest.skip("there is a GPU")
+    checkpoint = complete(tmp_path / "checkpoint", "1b")
+    built = build(checkpoint, tmp_path / "model_repository", Options(Precision("bf16")))
+    for provider in ("auto", "cpu"):
+        with pytest.raises(ArtifactError, match="bf16, which ONNX Runtime computes on GPUs alone"):
+            open_engine(built.manifest, Config(execution_provider=provider))

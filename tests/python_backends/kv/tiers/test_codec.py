@@ -77,10 +77,11 @@ def test_float16_is_converted_as_numpy_does():
     assert (np.nextafter(below, np.float16(np.inf)).astype(np.float32) > values).all()
 
 
-def test_as_is_is_no_codec_and_integers_cannot_be_rounded():
+def test_as_is_is_no_codec_and_other_elements_cannot_be_rounded():
     assert make_codec("as-is", "int8") is None
-    with pytest.raises(ConfigError, match="as-is"):
-        make_codec("int8", "int8")
+    for dtype in ("int8", "uint16", "bfloat16"):
+        with pytest.raises(ConfigError, match="as-is"):
+            make_codec("int8", dtype)
 
 
 def floats(key):

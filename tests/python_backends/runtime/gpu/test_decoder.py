@@ -24,6 +24,7 @@ from tests.builders.graph.sampling_graph import words_of
 from tests.checkpoints import FAMILIES, FIRST_TEXT, IMAGE, Family, make_model
 from tests.driver import decoder as cpu_decoder
 from tests.driver import model_shape, step_inputs
+from tests.python_backends.runtime.gpu.late import LateDevice
 
 SLOTS, CONTEXT = 2, 128
 IDS = np.random.default_rng(0).integers(FIRST_TEXT, IMAGE, (SLOTS, 20)).tolist()
@@ -41,12 +42,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def begun(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[GpuDecoder, StepOutputs]:
     """With the first tokens in both slots. What later steps append may be written again: drafts leave no trace."""
-    opened, folder = open_checkpoint(checkpoint), tmp_path_factory.mktemp("weights")
-    write_gpu_weights(opened, Precision.of("fp32"), folder)
-    device = InterpreterDevice()
-    weights = load_weights(device, open_weights(folder))
-    runtime = GpuDecoder(device, model_shape(opened.config), weights, GpuOptions(SLOTS, CONTEXT, 1 << 30, 8))
+    runtime = open_on(InterpreterDevice(), checkpoint, tmp_path_factory.mktemp("weights"))
     return runtime, begin(runtime)
+
+
+def open_on(device: InterpreterDevice, checkpoint: Path, folder: Path) -> GpuDecoder:
+    opened = open_checkpoint(checkpoint)
+    write_gpu_weights(opened, Precision.of("fp32"), folder)
+    weights = load_weights(device, open_weights(folder))
+    return GpuDecoder(device, model_shape(opened.config), weights, GpuOptions(SLOTS, CONTEXT, 1 << 30, 8))
 
 
 @pytest.fixture
@@ -151,6 +155,24 @@ def test_idle_rows_and_padding_draw_within_the_vocabulary(gpu: GpuDecoder) -> No
     inputs = step_inputs(0, [[], IDS[1][5:8]], [7, 5], temperature=np.array([1, 1], np.float32))
     found = gpu.step(inputs)
     assert ((found.next_token >= 0) & (found.next_token < gpu.spec.vocab_size)).all()
+
+
+def test_steps_wait_for_copies_that_they_would_disturb_or_that_fill_their_slot(
+    gpu: GpuDecoder, checkpoint: Path, tmp_path: Path
+) -> None:
+    late = open_on(LateDevice(), checkpoint, tmp_path)
+    begin(late)
+    kept, leaving = (np.empty(late.kv_layout.tail_bytes(7), np.uint8) for _ in range(2))
+    late.export_tail(0, 7, kept.data).wait()
+    transfer = late.export_tail(0, 7, leaving.data)
+    late.step(step_inputs(1, [IDS[1][5:6]], [5]))
+    assert not transfer.done()
+    late.step(step_inputs(0, [IDS[1][:7]], [0]))
+    transfer.wait()
+    np.testing.assert_array_equal(leaving, kept)
+    late.import_blocks(0, [], kept.data, 7)
+    wanted, found = (each.step(step_inputs(0, [IDS[0][7:8]], [7]), want_logits=True).logits[0] for each in (gpu, late))
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_masks_of_another_vocabulary_are_refused(gpu: GpuDecoder) -> None:
