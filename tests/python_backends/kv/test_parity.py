@@ -48,12 +48,13 @@ def test_a_sequence_set_aside_at_every_boundary_and_resumed_ends_as_the_whole_ru
         assert_equal(([*first, *logits], tokens), whole)
 
 
-def test_met_from_both_ends_at_every_boundary_a_request_ends_as_the_whole_run(kept, whole):
+@pytest.mark.parametrize("stride", STRIDES)
+def test_met_from_both_ends_at_every_boundary_a_request_ends_as_the_whole_run(kept, whole, stride):
     cache = open_cache(kept.runtime.kv_layout)
     end = kept.length - 1
     kept.begin(end)
     kept.keep(cache, end)
-    for computed in kept.boundaries()[7:end:7]:
+    for computed in [at for at in kept.boundaries()[::stride] if at < end]:
         hit = cache.look_up(kept.ids(cache), end)
         kept.spoil()
         first = kept.begin(computed)
