@@ -123,7 +123,7 @@ class Reuse:
         if reused is None or (hit := reused.hit) is None or (when := hit.meeting(computed)) == "later":
             return 0
         if when == "never":
-            self.give_up(sequence, "in_flight" if hit.length else "lost")
+            self.give_up(sequence, "slow" if hit.length else "lost")
             return 0
         return hit.length
 

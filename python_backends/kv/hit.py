@@ -138,7 +138,9 @@ class Hit:
     @property
     def missed(self) -> str:
         """Why it is not more; "" where it is all but what must be computed."""
-        return "" if self.match.length >= self._limit else self.match.missed
+        if self.match.length < self._limit:
+            return self.match.missed
+        return "slow" if self.computed else ""
 
     @property
     def loading(self) -> bool:

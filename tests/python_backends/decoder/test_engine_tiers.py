@@ -157,7 +157,7 @@ def test_what_a_slow_disk_holds_is_computed_from_the_front_while_its_end_is_load
     met += late * PLAIN.prefill_chunk
     assert caller.wait().tokens == disk.answer.tokens
     np.testing.assert_array_equal(caller.pieces[0].logprobs, disk.answer.pieces[0].logprobs)
-    assert (cached(caller, "nvme"), missed(caller)) == (399 - met, "")
+    assert (cached(caller, "nvme"), missed(caller)) == (399 - met, "slow")
     assert disk.computed == met + 1
     settle(disk.engine)
     again = alone(disk.engine, disk.ids)
@@ -190,7 +190,7 @@ def test_a_disk_that_is_even_slower_is_overtaken(open_engine):
     disk = SlowDisk(open_engine)
     caller, _ = disk.ask()
     assert caller.wait().tokens == disk.answer.tokens
-    assert (disk.computed, cached(caller, "nvme"), missed(caller)) == (400, 0, "in_flight")
+    assert (disk.computed, cached(caller, "nvme"), missed(caller)) == (400, 0, "slow")
     disk.begin.set()
 
 
