@@ -20,6 +20,7 @@ from cuda.bindings import driver as cu
 from python_backends.runtime.base import Transfer
 from python_backends.runtime.gpu.cuda import HostBuffer
 from python_backends.runtime.gpu.driver import check
+from python_backends.runtime.gpu.pages import PAGE_TOKENS
 from tests.gpu.report import Report
 from tests.gpu.steps import Bench
 
@@ -37,6 +38,7 @@ class Link:
     """Two slots of a decoder, one that KV leaves and one that it enters, and pinned memory for each."""
 
     def __init__(self, bench: Bench, leaves: int, enters: int, length: int) -> None:
+        self._device = bench.device
         self._decoder, self._leaves, self._enters = bench.decoder, leaves, enters
         layout = bench.decoder.kv_layout
         self.length = length
@@ -70,11 +72,37 @@ class Link:
         return [self._decoder.import_blocks(self._enters, blocks, tail, self.length)]
 
     def is_exact(self) -> bool:
-        """Whether what left one slot, entered the other and left again is the same, bit for bit; fills both buffers."""
+        """Whether what left one slot is what its pages hold, and is the same, bit for bit, when it has entered the other
+        and left that; fills both buffers."""
         wait(self.all_out())
+        if not self._holds_its_pages():
+            return False
         wait(self.all_in(self.left))
         wait(self.all_out(self._enters, self.entering))
         return bool(np.array_equal(self.left.array, self.entering.array))
+
+    def _holds_its_pages(self) -> bool:
+        """The first block and the first page of the window, read by themselves."""
+        kv, layout = self._decoder.kv, self._decoder.kv_layout
+        start = max(0, self.length - layout.window)
+        first = start % PAGE_TOKENS
+        places = (
+            (kv.global_pool, kv.pages.table[self._leaves], 0, slice(None), 0),
+            (
+                kv.local_pool,
+                kv.ring[self._leaves],
+                start // PAGE_TOKENS,
+                slice(first, min(PAGE_TOKENS, first + self.length - start)),
+                self.num_blocks * self.block_bytes + self.length % layout.block_tokens * layout.global_bytes,
+            ),
+        )
+        for pool, table, index, tokens, offset in places:
+            page, size = int(table[index % len(table)]), pool.size // pool.shape[0]
+            values = self._device.read(pool.view(page * size, *pool.shape[1:]))
+            wanted = np.ascontiguousarray(values[:, :, :, tokens]).view(np.uint8).reshape(-1)
+            if not np.array_equal(self.left.array[offset : offset + wanted.size], wanted):
+                return False
+        return True
 
     def _views(self, buffer: HostBuffer) -> list[memoryview]:
         whole, size = buffer.array.data, self.block_bytes
