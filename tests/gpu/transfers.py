@@ -72,8 +72,8 @@ class Link:
         return [self._decoder.import_blocks(self._enters, blocks, tail, self.length)]
 
     def is_exact(self) -> bool:
-        """Whether what left one slot is what its pages hold, and is the same, bit for bit, when it has entered the other
-        and left that; fills both buffers."""
+        """Whether what left one slot is what its pages hold, and the same when it has entered the other and left that,
+        bit for bit; fills both buffers."""
         wait(self.all_out())
         if not self._holds_its_pages():
             return False
@@ -148,8 +148,12 @@ def transfers(report: Report, bench: Bench, disk: Path) -> None:
         report.guard("set aside", lambda: _set_aside(report, bench, link, slots - 2))
         for batch in (1, 8):
             if batch <= slots - 2:
-                report.guard("beside steps", lambda b=batch: _beside_steps(report, bench, link, b, plain))
+                for mapped in (False, True):
+                    report.guard(
+                        "beside steps", lambda b=batch, m=mapped: _beside_steps(report, bench, link, b, plain, mapped=m)
+                    )
     finally:
+        bench.device.maps_small_arrays = False
         bench.device.synchronize()
         link.close()
     report.guard("disk", lambda: _disk(report, bench, disk))
@@ -220,9 +224,15 @@ def _set_aside(report: Report, bench: Bench, link: Link, slot: int) -> None:
     report.row("transfers", what="set aside", gb_s=link.num_bytes / statistics.median(seconds) / 1e9)
 
 
-def _beside_steps(report: Report, bench: Bench, link: Link, batch: int, plain: dict[str, float]) -> None:
+def _beside_steps(
+    report: Report, bench: Bench, link: Link, batch: int, plain: dict[str, float], *, mapped: bool
+) -> None:
+    """``mapped``: the steps' own arrays cross the link by a kernel, not by the copy engines that KV keeps busy."""
     inputs = bench.inputs(batch, min(8192, bench.decoder.spec.max_context_length) - 1)
-    bench.decoder.step(inputs)
+    bench.device.maps_small_arrays = False
+    wanted = bench.decoder.step(inputs).next_token
+    bench.device.maps_small_arrays = mapped
+    same = bool((bench.decoder.step(inputs).next_token == wanted).all())
     leaving = CHUNK_BLOCKS * link.block_bytes + link.tail_bytes
     flows = {
         "out": lambda: Flow(lambda: [*link.blocks_out(min(CHUNK_BLOCKS, link.num_blocks)), *link.tail_out()], leaving),
@@ -249,6 +259,8 @@ def _beside_steps(report: Report, bench: Bench, link: Link, batch: int, plain: d
         report.row(
             "transfers-beside-steps",
             batch=batch,
+            mapped=mapped,
+            same_tokens=same,
             way=name,
             step_ms=1e3 * step,
             longest_ms=1e3 * max(steps),
