@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
 import io
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -163,10 +163,9 @@ def _load_libraries() -> None:
 
     ONNX Runtime's own `preload_dlls` looks beside its package alone; it is called behind, for what it does besides.
     """
-    spec = importlib.util.find_spec("nvidia")
     for name in _LIBRARIES:
-        for folder in spec.submodule_search_locations or () if spec is not None else ():
-            for path in sorted(Path(folder).glob(f"*/lib/lib{name}.so.*")):
+        for folder in sys.path:
+            for path in sorted(Path(folder).glob(f"nvidia/*/lib/lib{name}.so.*")):
                 with contextlib.suppress(OSError):
                     ctypes.CDLL(str(path))
     said = io.StringIO()

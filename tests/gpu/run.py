@@ -1,8 +1,9 @@
 """Everything that needs a card, in one go: `python -m tests.gpu.run --out FOLDER`.
 
 Needs cuda-bindings, triton==3.6.0 (to compile kernels), for the parity section PyTorch and transformers, and for the
-sections plans and vision (not among the default ones) tensorrt-rtx-cu13 as well. Prints rows as they come and keeps
-them in ``gpu-….json``.
+sections plans and vision (not among the default ones) tensorrt-rtx-cu13 as well. Two more are to be asked for:
+transfers (KV to and from pinned memory and a disk) and memory (from warm-up to a full context; best with ``--slots 1
+--context 131072`` and ``--memory-gb``). Prints rows as they come and keeps them in ``gpu-….json``.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--memory-gb", type=float, help="what the decoder may allocate, as gpu_memory_gb; all there is")
+    parser.add_argument("--no-graphs", action="store_true", help="launch kernels one by one, as enable_cuda_graph off")
     parser.add_argument("--disk", type=Path, help="folder on the disk to measure; that of --out")
     parser.add_argument("sections", nargs="*", default=SECTIONS, help=f"{' '.join(SECTIONS)} {' '.join(MORE)}")
     options = parser.parse_args()
@@ -54,6 +56,8 @@ def main() -> None:
     kernels = KernelCache(options.kernels or Path(tempfile.gettempdir()) / "wicore-kernels")
     device = CudaDevice(kernels)
     name = f"gpu-{options.shape}-{options.layers or 'all'}-{options.precision}{options.kv}"
+    if options.no_graphs:
+        name += "-no-graphs"
     if options.sections != SECTIONS:
         name += f"-{options.slots}x{options.context}-{'-'.join(options.sections)}"
     report = Report(options.out / f"{name}.json", {"gpu": device.name, "capability": device.capability})
@@ -81,7 +85,7 @@ def steps(report: Report, kernels: KernelCache, options: argparse.Namespace) -> 
     """Times of decode steps and of chunks of prompts, of transfers beside them, and the memory all of it takes."""
     config = _config(options.shape, options.layers)
     limit = int(options.memory_gb * 1e9) if options.memory_gb else None
-    device = CudaDevice(kernels, memory_limit=limit, num_streams=Config().num_streams)
+    device = CudaDevice(kernels, memory_limit=limit, use_graphs=not options.no_graphs, num_streams=Config().num_streams)
     used_at_start = used_bytes() - device.allocated_bytes
     bench = Bench.open(
         device,

@@ -20,6 +20,7 @@ from cuda.bindings import driver as cu
 from python_backends.runtime.base import Transfer
 from python_backends.runtime.gpu.cuda import HostBuffer
 from python_backends.runtime.gpu.driver import check
+from python_backends.runtime.gpu.pages import PAGE_TOKENS
 from tests.gpu.report import Report
 from tests.gpu.steps import Bench
 
@@ -37,6 +38,7 @@ class Link:
     """Two slots of a decoder, one that KV leaves and one that it enters, and pinned memory for each."""
 
     def __init__(self, bench: Bench, leaves: int, enters: int, length: int) -> None:
+        self._device = bench.device
         self._decoder, self._leaves, self._enters = bench.decoder, leaves, enters
         layout = bench.decoder.kv_layout
         self.length = length
@@ -70,11 +72,37 @@ class Link:
         return [self._decoder.import_blocks(self._enters, blocks, tail, self.length)]
 
     def is_exact(self) -> bool:
-        """Whether what left one slot, entered the other and left again is the same, bit for bit; fills both buffers."""
+        """Whether what left one slot is what its pages hold, and the same when it has entered the other and left that,
+        bit for bit; fills both buffers."""
         wait(self.all_out())
+        if not self._holds_its_pages():
+            return False
         wait(self.all_in(self.left))
         wait(self.all_out(self._enters, self.entering))
         return bool(np.array_equal(self.left.array, self.entering.array))
+
+    def _holds_its_pages(self) -> bool:
+        """The first block and the first page of the window, read by themselves."""
+        kv, layout = self._decoder.kv, self._decoder.kv_layout
+        start = max(0, self.length - layout.window)
+        first = start % PAGE_TOKENS
+        places = (
+            (kv.global_pool, kv.pages.table[self._leaves], 0, slice(None), 0),
+            (
+                kv.local_pool,
+                kv.ring[self._leaves],
+                start // PAGE_TOKENS,
+                slice(first, min(PAGE_TOKENS, first + self.length - start)),
+                self.num_blocks * self.block_bytes + self.length % layout.block_tokens * layout.global_bytes,
+            ),
+        )
+        for pool, table, index, tokens, offset in places:
+            page, size = int(table[index % len(table)]), pool.size // pool.shape[0]
+            values = self._device.read(pool.view(page * size, *pool.shape[1:]))
+            wanted = np.ascontiguousarray(values[:, :, :, tokens]).view(np.uint8).reshape(-1)
+            if not np.array_equal(self.left.array[offset : offset + wanted.size], wanted):
+                return False
+        return True
 
     def _views(self, buffer: HostBuffer) -> list[memoryview]:
         whole, size = buffer.array.data, self.block_bytes
@@ -120,8 +148,12 @@ def transfers(report: Report, bench: Bench, disk: Path) -> None:
         report.guard("set aside", lambda: _set_aside(report, bench, link, slots - 2))
         for batch in (1, 8):
             if batch <= slots - 2:
-                report.guard("beside steps", lambda b=batch: _beside_steps(report, bench, link, b, plain))
+                for mapped in (False, True):
+                    report.guard(
+                        "beside steps", lambda b=batch, m=mapped: _beside_steps(report, bench, link, b, plain, mapped=m)
+                    )
     finally:
+        bench.device.maps_small_arrays = False
         bench.device.synchronize()
         link.close()
     report.guard("disk", lambda: _disk(report, bench, disk))
@@ -192,9 +224,15 @@ def _set_aside(report: Report, bench: Bench, link: Link, slot: int) -> None:
     report.row("transfers", what="set aside", gb_s=link.num_bytes / statistics.median(seconds) / 1e9)
 
 
-def _beside_steps(report: Report, bench: Bench, link: Link, batch: int, plain: dict[str, float]) -> None:
+def _beside_steps(
+    report: Report, bench: Bench, link: Link, batch: int, plain: dict[str, float], *, mapped: bool
+) -> None:
+    """``mapped``: the steps' own arrays cross the link by a kernel, not by the copy engines that KV keeps busy."""
     inputs = bench.inputs(batch, min(8192, bench.decoder.spec.max_context_length) - 1)
-    bench.decoder.step(inputs)
+    bench.device.maps_small_arrays = False
+    wanted = bench.decoder.step(inputs).next_token
+    bench.device.maps_small_arrays = mapped
+    same = bool((bench.decoder.step(inputs).next_token == wanted).all())
     leaving = CHUNK_BLOCKS * link.block_bytes + link.tail_bytes
     flows = {
         "out": lambda: Flow(lambda: [*link.blocks_out(min(CHUNK_BLOCKS, link.num_blocks)), *link.tail_out()], leaving),
@@ -221,6 +259,8 @@ def _beside_steps(report: Report, bench: Bench, link: Link, batch: int, plain: d
         report.row(
             "transfers-beside-steps",
             batch=batch,
+            mapped=mapped,
+            same_tokens=same,
             way=name,
             step_ms=1e3 * step,
             longest_ms=1e3 * max(steps),

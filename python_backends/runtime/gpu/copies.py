@@ -1,7 +1,8 @@
 """KV between a GPU and host memory, on CUDA streams of its own beside the steps.
 
-Large runs are cut: a step's small copies share the copy engines, and wait for one part at the most. Strided pieces are
-packed on the device first, so that whatever crosses the link is one run; their rows are too short for it.
+Runs that are neighbours are joined and large ones are cut: a step's small copies share the copy engines, and wait for
+one part at the most. Strided pieces are packed on the device first, so that whatever crosses the link is one run; their
+rows are too short for it.
 """
 
 from __future__ import annotations
@@ -131,11 +132,11 @@ class CopyStreams:
             check(cu.cuStreamWaitEvent(lane.stream, self._issued, 0))
         for transfer in after:
             self.order(lane.stream, transfer)
-        for pieces, payload in copies:
-            host = np.frombuffer(payload, np.uint8).ctypes.data if pieces else 0
-            for part in itertools.chain.from_iterable(map(_parts, pieces)):
-                lane.copy(part, host, out=out)
-                host += part.num_bytes
+        for piece, host in _joined(copies):
+            done = 0
+            for part in _parts(piece):
+                lane.copy(part, host + done, out=out)
+                done += part.num_bytes
         return CudaTransfer(self._events, lane.stream, [payload for _, payload in copies])
 
     def order(self, stream: Any, transfer: Transfer) -> None:
@@ -157,6 +158,25 @@ class CopyStreams:
             check(cu.cuStreamDestroy(lane.stream))
         self._events.give_back(self._issued)
         self._events.close()
+
+
+def _joined(copies: Sequence[Copy]) -> Iterator[tuple[Piece, int]]:
+    """Pieces and their addresses on the host; runs that are neighbours on both sides are one."""
+    run: tuple[Piece, int] | None = None
+    for pieces, payload in copies:
+        host = np.frombuffer(payload, np.uint8).ctypes.data if pieces else 0
+        for piece in pieces:
+            if run is not None and piece.height == run[0].height == 1:
+                first, at = run
+                if (first.address + first.width, at + first.width) == (piece.address, host):
+                    width = first.width + piece.width
+                    run, host = (Piece(first.address, width, width, 1), at), host + piece.width
+                    continue
+            if run is not None:
+                yield run
+            run, host = (piece, host), host + piece.num_bytes
+    if run is not None:
+        yield run
 
 
 def _parts(piece: Piece) -> Iterator[Piece]:

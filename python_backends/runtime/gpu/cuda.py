@@ -15,12 +15,15 @@ from python_backends.runtime.base import Transfer
 from python_backends.runtime.gpu.compile import Compiled, KernelCache
 from python_backends.runtime.gpu.copies import CopyStreams, CudaTransfer
 from python_backends.runtime.gpu.driver import check
+from python_backends.runtime.gpu.kernels import words
 from python_backends.runtime.gpu.launch import ALIGNMENT, Copy, Launch, Operation, Tensor
 
 _STATIC_SHARED_BYTES = 48 * 1024
 """Shared memory a kernel may use without asking for more."""
 _STAGING_BYTES = 8 << 20
 """Pinned memory through which small arrays pass."""
+_MAPPED_BYTES = 64 << 10
+"""Arrays up to this size may cross the link by a kernel."""
 
 
 class CudaDevice:
@@ -61,6 +64,11 @@ class CudaDevice:
         self._modules: list[Any] = []
         self._graphs: list[CudaRecording] = []
         self._staging = HostBuffer(_STAGING_BYTES)
+        self._answers = HostBuffer(_MAPPED_BYTES)
+        self.maps_small_arrays = False
+        """A step's few kilobytes are read and written where they lie on the host, by a kernel, instead of waiting for a
+        copy engine, which KV that leaves or enters may keep busy."""
+        self._word_copies: dict[tuple[int, int, int], KernelLaunch] = {}
         self._staging_free = check(cu.cuEventCreate(cu.CUevent_flags.CU_EVENT_DISABLE_TIMING))
         attribute = cu.CUdevice_attribute
         major, minor = (
@@ -117,7 +125,10 @@ class CudaDevice:
             check(cu.cuEventSynchronize(self._staging_free))
             self._staging.array[: part.nbytes] = part
             address = self._staging.address
-            check(cu.cuMemcpyHtoDAsync(tensor.address + start, address, part.nbytes, self._stream))
+            if self._is_mapped(tensor.address, flat.nbytes):
+                self._copy_words(address, tensor.address, flat.nbytes)
+            else:
+                check(cu.cuMemcpyHtoDAsync(tensor.address + start, address, part.nbytes, self._stream))
             check(cu.cuEventRecord(self._staging_free, self._stream))
 
     def read(self, tensor: Tensor, into: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -125,9 +136,25 @@ class CudaDevice:
         from python_backends.runtime.gpu.launch import DTYPES
 
         target = np.empty(tensor.shape, DTYPES[tensor.dtype]) if into is None else into
+        if self._is_mapped(tensor.address, tensor.num_bytes):
+            self._copy_words(tensor.address, self._answers.address, tensor.num_bytes)
+            check(cu.cuStreamSynchronize(self._stream))
+            target.reshape(-1).view(np.uint8)[...] = self._answers.array[: tensor.num_bytes]
+            return target
         check(cu.cuMemcpyDtoHAsync(target.ctypes.data, tensor.address, tensor.num_bytes, self._stream))
         check(cu.cuStreamSynchronize(self._stream))
         return target
+
+    def _is_mapped(self, address: int, num_bytes: int) -> bool:
+        return self.maps_small_arrays and 0 < num_bytes <= _MAPPED_BYTES and not (address % 16 or num_bytes % 4)
+
+    def _copy_words(self, source: int, target: int, num_bytes: int) -> None:
+        """By a kernel on the steps' stream; one of the two lies on the host."""
+        key = (source, target, num_bytes)
+        if key not in self._word_copies:
+            ends = (Tensor(address, "i32", (num_bytes // 4,)) for address in (source, target))
+            self._word_copies[key] = self._prepare(words.copy(*ends))
+        self._word_copies[key].issue(self.stream)
 
     def fill_zero(self, tensor: Tensor) -> None:
         """See `Device.fill_zero`."""
@@ -194,7 +221,8 @@ class CudaDevice:
         for address in self._allocations:
             check(cu.cuMemFree(address))
         self._staging.close()
-        self._graphs, self._modules, self._allocations, self._functions = [], [], [], {}
+        self._answers.close()
+        self._graphs, self._modules, self._allocations, self._functions, self._word_copies = [], [], [], {}, {}
         check(cu.cuStreamDestroy(self._stream))
         check(cu.cuDevicePrimaryCtxRelease(self._handle))
 

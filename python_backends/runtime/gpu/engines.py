@@ -141,10 +141,10 @@ class RuntimeCache:
     """
 
     def __init__(self, module: Any, engine: Any, path: Path) -> None:
-        """Contexts get no scratch memory of their own: whoever uses one gives it some."""
+        """Contexts take scratch memory of their own: TensorRT-RTX compiles for a shape when it meets one and does not
+        say beforehand what it will need."""
         self._engine, self._path = engine, path
         self._config = engine.create_runtime_config()
-        self._config.set_execution_context_allocation_strategy(module.ExecutionContextAllocationStrategy.USER_MANAGED)
         specialization = getattr(module, "DynamicShapesKernelSpecializationStrategy", None)
         if specialization is not None:  # compiled when a shape is first used, not behind a capture's back
             self._config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER

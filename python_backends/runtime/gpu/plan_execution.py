@@ -1,4 +1,4 @@
-"""Plans as operations of a device's stream: addresses bound once per operation, scratch memory shared by all.
+"""Plans as operations of a device's stream: addresses bound once per operation.
 
 An operation can be captured in a CUDA graph: everything that allocates or compiles happens when it is first issued.
 """
@@ -40,21 +40,11 @@ class PlanRunner:
         self._dynamic = [tensor for tensor in self.plan.inputs if -1 in tensor.shape]
         self._contexts: dict[int, Any] = {}
         self._shapes: dict[int, dict[str, Sequence[int]]] = {}  # what each context was last given
-        self._scratch: Tensor | None = None
 
     @property
     def engine(self) -> Any:
         """The module's ``ICudaEngine``."""
         return self._engine
-
-    def scratch_bytes(self) -> int:
-        """Memory that the plan needs beside its inputs and outputs, whatever their shapes."""
-        return int(self._engine.device_memory_size_v2)
-
-    def use_scratch(self, scratch: Tensor) -> None:
-        """Take scratch memory, which other plans on the same stream may use too."""
-        self._scratch = scratch
-        self._shapes.clear()
 
     def operation(self, bindings: Mapping[str, Tensor]) -> PlanOperation:
         """The plan over tensors on the device, one for each input and output.
@@ -77,9 +67,6 @@ class PlanRunner:
         context = self._context(shapes, stream)
         if self._shapes.get(id(context)) != shapes:  # never while a step is recorded: it was issued once before
             self._shape(context, shapes)
-            if self._scratch is None or self._scratch.num_bytes < self.scratch_bytes():
-                raise InternalError(f"plan {self.plan.name!r} needs {self.scratch_bytes()} bytes of scratch memory")
-            context.set_device_memory(self._scratch.address, self._scratch.num_bytes)
             self._shapes[id(context)] = dict(shapes)
         for name, address in addresses.items():
             context.set_tensor_address(name, address)

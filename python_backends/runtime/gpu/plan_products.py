@@ -25,14 +25,6 @@ class Runner(Protocol):
         """What it takes and gives."""
         ...
 
-    def scratch_bytes(self) -> int:
-        """Memory that it needs beside its tensors."""
-        ...
-
-    def use_scratch(self, scratch: Tensor) -> None:
-        """Take scratch memory."""
-        ...
-
     def operation(self, bindings: Mapping[str, Tensor]) -> Operation:
         """The plan over tensors."""
         ...
@@ -78,9 +70,6 @@ class PlanProducts:
         # A plan may not write what it reads, so the stream goes from one buffer to the other, and back to the caller's.
         self._streams = [device.allocate("fp32", max_tokens, hidden) for _ in range(2)]
         self._signed: dict[str, Tensor] = {}
-        scratch = device.allocate("u8", max(1, *(runner.scratch_bytes() for runner in runners.values())))
-        for runner in runners.values():
-            runner.use_scratch(scratch)
 
     @classmethod
     def load(

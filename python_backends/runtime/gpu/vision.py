@@ -32,8 +32,6 @@ class PlanVision:
         self.max_images = max(profile.shapes[pixels.name][-1][0] for profile in plan.profiles)
         self._pixels = device.allocate(pixels.dtype, self.max_images, *pixels.shape[1:])
         self._features = device.allocate(features.dtype, self.max_images, *features.shape[1:])
-        needed = self._runner.scratch_bytes()
-        self._runner.use_scratch(device.allocate("u8", max(1, needed)))
         self._recordings: dict[int, Recording] = {}
 
     @property

@@ -50,12 +50,6 @@ class OnnxRunner:
         self.bound: list[Mapping[str, Tensor]] = []
         self._path = path
 
-    def scratch_bytes(self) -> int:
-        return 0
-
-    def use_scratch(self, scratch: Tensor) -> None:
-        assert scratch.num_bytes
-
     def operation(self, bindings: Mapping[str, Tensor]) -> OnnxOperation:
         self.bound.append(bindings)
         read = {bindings[tensor.name].address for tensor in self.plan.inputs}
