@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from client.answer import Answer, AnswersBuilder, Piece
 from client.gateway import errors
 from client.gateway.services import Services
+from python_backends import contract
 from python_backends.errors import CancelledError, InternalError, WiCoreError
 from python_backends.tracing import PARAMETER
 
@@ -62,6 +63,8 @@ async def pieces(services: Services, ask: Ask) -> AsyncGenerator[Piece, None]:
     span = services.tracing.begin("generate", ask.traceparent, wicore__request_id=ask.request_id)
     if span.traceparent:
         options[PARAMETER] = span.traceparent
+    if services.triton.line.name:
+        options[contract.LINE] = services.triton.line.name
     stream = services.triton.client.stream(
         ask.prompt, messages=ask.messages, images=ask.images, request_id=ask.request_id, **options
     )

@@ -85,7 +85,7 @@ def test_a_server_that_wants_a_key(
 def test_a_server_that_goes_away_in_the_middle_and_comes_back(open_page: OpenPage, start_gateway: StartGateway) -> None:
     gateway = start_gateway()
     page = open_page(gateway.address, (REFUSED,))
-    endless(page, 1500)  # nobody stops what a killed gateway had asked for
+    endless(page)
     page.fill("#message", "Hello")
     page.press("#message", "Enter")
     until(page, "document.querySelector('.assistant .text')?.textContent.length > 20")
