@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn speaks it, with two things it leaves out: a time limit for headers, and errors in JSON.
+"""HTTP/1.1 as uvicorn speaks it, with what it leaves out: a time limit for headers, and errors in JSON.
 
 uvicorn's h11 protocol is the one with a bound on the size of headers.
 """
@@ -15,6 +15,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from client.gateway import errors
+from python_backends.errors import OverloadedError
 
 MAX_HEADER_BYTES = 32 * 2**10
 MAX_HEADERS = 128
@@ -28,6 +29,11 @@ UNREAD_S = 60
 class HttpProtocol(H11Protocol):
     """One connection."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """uvicorn's own answer to one connection too many is plain text without ``Retry-After``."""
+        super().__init__(*args, **kwargs)
+        self._max_connections, self.limit_concurrency = self.limit_concurrency, None
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection that sends nothing holds a place, so its time runs from here."""
         self._header_timer: asyncio.TimerHandle | None = None
@@ -40,6 +46,8 @@ class HttpProtocol(H11Protocol):
         """The time of a request's headers runs from their first byte."""
         if self._refused:  # read and thrown away, or the answer would be lost with the connection
             return
+        full = self._max_connections is not None and len(self.connections) > self._max_connections
+        self.app = _FULL if full else self.config.loaded_app
         super().data_received(data)
         self._watch_headers()
 
@@ -91,6 +99,12 @@ class HttpProtocol(H11Protocol):
         self._stop_header_timer()
         self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)
+
+
+_FULL: Any = errors.response(
+    OverloadedError("as many connections are open as this server may have; try again in a moment"),
+    {"Connection": "close"},
+)
 
 
 def _error(status: int, message: str) -> dict[str, Any]:

@@ -45,8 +45,10 @@ def test_more_connections_than_there_may_be_are_refused(start_gateway: StartGate
         for _ in range(8):
             held.enter_context(socket.create_connection(address))
         deadline = time.monotonic() + 5
-        while httpx.get(f"{gateway.address}/health/live").status_code != 503:
+        while (answer := httpx.get(f"{gateway.address}/health/live")).status_code != 503:
             assert time.monotonic() < deadline, "a ninth connection was served"
+        assert answer.json()["error"]["code"] == "overloaded"
+        assert answer.headers["retry-after"] == "1"
     deadline = time.monotonic() + 5
     while httpx.get(f"{gateway.address}/health/live").status_code != 200:
         assert time.monotonic() < deadline, "what was closed still counts"

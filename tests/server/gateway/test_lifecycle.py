@@ -82,8 +82,8 @@ def test_without_the_gateway_triton_serves_alone(repository: Path) -> None:
         assert httpx.get(f"{ready['http']}/v2/health/ready").status_code == 200
 
 
-def test_what_a_killed_gateway_had_asked_for_is_stopped(http: httpx.Client, start_gateway: StartGateway) -> None:
-    victim, address = start_gateway(), str(http.base_url)
+def test_what_a_killed_gateway_had_asked_for_is_stopped(gateway: Gateway, start_gateway: StartGateway) -> None:
+    victim, address = start_gateway(), gateway.address
     wait_until_answered(victim.address)
     with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
         events_of(victim.address, lambda: kill_at_work(victim, address))

@@ -50,8 +50,8 @@ def after_a_kill(victim: str, ready: dict[str, Any], process: subprocess.Popen[s
         assert events_of(address, kill)[-1]["error"]["code"] == "server_unavailable"
     killed = time.monotonic()
     assert wait_until_answered(address) <= {503}
-    wait_until_idle(address)  # also of what a killed gateway had asked for
     wait_until_ready(address, killed + RECOVERY_S - time.monotonic())
+    wait_until_idle(address)  # also of what a killed gateway had asked for
     assert process.stdout is not None
     again: dict[str, Any] = json.loads(process.stdout.readline())
     return again
