@@ -68,7 +68,7 @@ def test_a_full_server_says_so_and_answers_when_it_has_room(
     open_page: OpenPage, gateway: Gateway, client: Client
 ) -> None:
     page = open_page(expected=(REFUSED,))
-    slots, places = SETTINGS["max_batch_size"], SETTINGS["max_queue"]
+    slots, places = int(SETTINGS["max_batch_size"]), int(SETTINGS["max_queue"])
     crowd = client.stream("Hi", n=slots + places, max_tokens=5000, ignore_eos=True, temperature=5.0)
     with contextlib.closing(crowd):
         next(crowd)
