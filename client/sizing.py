@@ -88,7 +88,10 @@ def choose(folder: Path, settings: Config) -> Plan:
         )
     # What kept KV takes of the host's memory is not the slots'.
     kept = settings.kv_cache_share if settings.enable_hmt and runtime == ONNXRUNTIME else 0.0
-    slots, context, kv = _slots(checkpoint, settings, (free - needed) * KV_SHARE * (1 - kept))
+    room = (free - needed) * KV_SHARE
+    if runtime == ONNXRUNTIME:
+        room = min(room, settings.cpu_memory_gb * 1e9)  # which is of KV alone
+    slots, context, kv = _slots(checkpoint, settings, room * (1 - kept))
     kv /= 1 - kept
     block = PER_CHANNEL if runtime != ONNXRUNTIME and precision == "int8" else None
     return Plan(runtime, precision, block, needed / 1e9, free / 1e9, slots, context, kv / 1e9)
@@ -101,7 +104,7 @@ def _runtime(settings: Config) -> tuple[str, float]:
         if gpu is not None and importlib.util.find_spec(module):
             free = gpu.memory_total_bytes - gpu.memory_used_bytes
             return name, min(float(free), settings.gpu_memory_gb * 1e9)
-    return ONNXRUNTIME, min(float(psutil.virtual_memory().available), settings.cpu_memory_gb * 1e9)
+    return ONNXRUNTIME, float(psutil.virtual_memory().available)
 
 
 def _num_weights(checkpoint: Checkpoint) -> int:
