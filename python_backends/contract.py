@@ -20,7 +20,7 @@ DECODER = "decoder"
 STAGES = (TOKENIZER, IMAGE_PROCESSOR, VISION_ENCODER, DECODER)
 
 LINE = "wicore_line"
-"""Request parameter, which an ensemble hands to every stage: the open line (`decoder.lines`) that a request ends with."""
+"""Request parameter, which an ensemble hands to every stage: the line (`decoder.lines`) that the request ends with."""
 
 
 @dataclass(frozen=True)

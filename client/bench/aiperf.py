@@ -89,9 +89,7 @@ def _ours(address: str, load: Load) -> dict[str, float]:
     target = GatewayTarget(address)
     try:
         closed_loop(target, iter(load.jobs), load.concurrency, load.warm_up)
-        traces = closed_loop(
-            target, iter(load.jobs[load.warm_up :]), load.concurrency, len(load.jobs) - load.warm_up
-        )
+        traces = closed_loop(target, iter(load.jobs[load.warm_up :]), load.concurrency, len(load.jobs) - load.warm_up)
     finally:
         target.close()
     failed = next((trace.error for trace in traces if trace.error), "")
@@ -115,9 +113,7 @@ def of_traces(traces: Sequence[Trace]) -> dict[str, float]:
     }
 
 
-def _aiperf(
-    program: str, address: str, model: str, tokenizer: Path, load: Load, folder: Path
-) -> dict[str, float]:
+def _aiperf(program: str, address: str, model: str, tokenizer: Path, load: Load, folder: Path) -> dict[str, float]:
     folder.mkdir(parents=True)
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(f"{json.dumps({'text': job.text})}\n" for job in load.jobs), encoding="utf-8")

@@ -214,7 +214,9 @@ class TritonPythonModel:
             raise InvalidParameterError(f"unknown command {command!r}; this version knows {known}")
         request_id = _word(request, "request_id")
         if not request_id:
-            raise InvalidParameterError(f"{command} needs a request_id: of the request to be stopped, or the line's name")
+            raise InvalidParameterError(
+                f"{command} needs a request_id: of the request to be stopped, or the line's name"
+            )
         if command == "line":
             gone = Piece("", finish_reason="cancelled")
             self._lines.open(request_id, answer.is_cancelled, functools.partial(answer.send, gone))

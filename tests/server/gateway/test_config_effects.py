@@ -56,19 +56,21 @@ def test_more_connections_than_there_may_be_are_refused(start_gateway: StartGate
 
 @pytest.mark.effect("keep_alive_s")
 def test_an_idle_connection_is_closed(start_gateway: StartGateway) -> None:
-    gateway = start_gateway(keep_alive_s=1.0)
+    gateway = start_gateway(keep_alive_s=2.0)
     request = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with socket.create_connection(("127.0.0.1", gateway.settings.port), 20) as connection:
         for _ in range(2):  # it is kept meanwhile
             connection.sendall(request)
             received = b""
             while not received.endswith(b"}"):
-                received += connection.recv(65536)
+                part = connection.recv(65536)
+                assert part, "closed too soon"
+                received += part
             assert received.startswith(b"HTTP/1.1 200")
             time.sleep(0.5)
         begin = time.monotonic()
         assert connection.recv(65536) == b""
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 6
 
 
 @pytest.mark.effect("server_port")
