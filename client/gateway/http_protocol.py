@@ -24,6 +24,11 @@ LINGER_S = 2.0
 """How long what a refused client still sends is read."""
 UNREAD_S = 60
 """When the kernel gives up a connection whose peer takes nothing (TCP_USER_TIMEOUT, tcp(7))."""
+EVENTS = "wicore.events"
+"""ASGI extension: writes an event of a stream that has begun, past the layers that only pass it on.
+
+A function of the event's bytes; False where it did not write them, since the peer is slow to read or has gone, or speaks
+HTTP/1.0: then they are to be sent as any other body."""
 
 
 class HttpProtocol(H11Protocol):
@@ -47,7 +52,7 @@ class HttpProtocol(H11Protocol):
         if self._refused:  # read and thrown away, or the answer would be lost with the connection
             return
         full = self._max_connections is not None and len(self.connections) > self._max_connections
-        self.app = _FULL if full else self.config.loaded_app
+        self.app = _FULL if full else self._serve
         super().data_received(data)
         self._watch_headers()
 
@@ -55,6 +60,17 @@ class HttpProtocol(H11Protocol):
         """The peer has gone."""
         self._stop_header_timer()
         super().connection_lost(exc)
+
+    async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
+        scope["extensions"] = {EVENTS: self._write_event} if scope["http_version"] == "1.1" else {}
+        await self.config.loaded_app(scope, receive, send)
+
+    def _write_event(self, data: bytes) -> bool:
+        """As h11 would write it: a response of HTTP/1.1 without a length is chunked (RFC 9112, section 7.1)."""
+        if self.flow.write_paused or self.cycle.disconnected or self.transport.is_closing():
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def _watch_headers(self) -> None:
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
