@@ -27,8 +27,8 @@ UNREAD_S = 60
 EVENTS = "wicore.events"
 """ASGI extension: writes an event of a stream that has begun, past the layers that only pass it on.
 
-A function of the event's bytes; False where it did not write them, since the peer is slow to read or has gone, or speaks
-HTTP/1.0: then they are to be sent as any other body."""
+A function of the bytes of an event; False where it did not write them, since the peer is slow to read or has gone: they
+are to be sent as any other body then. Only where the peer speaks HTTP/1.1."""
 
 
 class HttpProtocol(H11Protocol):
