@@ -195,7 +195,8 @@ def ports(numbers: tuple[int, ...]) -> Finding:
     if not taken:
         return Finding("ports", "ok", f"{', '.join(map(str, numbers))} are free")
     advice = (
-        "end what listens there (ss -ltnp), or choose others: --http-port, --grpc-port, --metrics-port, server_port"
+        "unless WiCore runs already, end what listens there (ss -ltnp), or choose others: --http-port, --grpc-port, "
+        "--metrics-port, server_port"
     )
     return Finding("ports", "warning", f"taken: {', '.join(map(str, taken))}", advice)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import sys
 from typing import Any
@@ -16,6 +17,8 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from client.gateway import errors
 from python_backends.errors import OverloadedError
+
+log = logging.getLogger("wicore.gateway")
 
 MAX_HEADER_BYTES = 32 * 2**10
 MAX_HEADERS = 128
@@ -51,8 +54,10 @@ class HttpProtocol(H11Protocol):
         """The time of a request's headers runs from their first byte."""
         if self._refused:  # read and thrown away, or the answer would be lost with the connection
             return
-        full = self._max_connections is not None and len(self.connections) > self._max_connections
-        self.app = _FULL if full else self._serve
+        self.app = self._serve
+        if self._max_connections is not None and len(self.connections) > self._max_connections:
+            log.warning("more than %d connections", self._max_connections)
+            self.app = _FULL
         super().data_received(data)
         self._watch_headers()
 
