@@ -210,20 +210,22 @@ class TritonPythonModel:
             self._preparing.submit(answer.guard, work)  # it may wait for disks
             return
         if command not in ("stop", "line"):
-            known = "stop, stats, line and session.…"
-            raise InvalidParameterError(f"unknown command {command!r}; this version knows {known}")
+            raise InvalidParameterError(f"unknown command {command!r}; there are stop, stats, line and session.…")
         request_id = _word(request, "request_id")
         if not request_id:
-            raise InvalidParameterError(
-                f"{command} needs a request_id: of the request to be stopped, or the line's name"
-            )
+            raise InvalidParameterError(f"{command} needs a request_id: the one to be stopped, or the line's name")
         if command == "line":
-            gone = Piece("", finish_reason="cancelled")
-            self._lines.open(request_id, answer.is_cancelled, functools.partial(answer.send, gone))
-            answer.send(Piece("open"))
+            self._open_line(request, request_id, answer)
             return
         found = self._engine.stop(request_id)
         answer.send(Piece("", finish_reason="stop" if found else "not_found"))
+
+    def _open_line(self, request: Any, name: str, answer: Answer) -> None:
+        if triton_io.array(request, "input_ids") is not None:
+            raise InvalidParameterError("a line is a call to the decoder itself: behind an ensemble nobody is missed")
+        gone = Piece("", finish_reason="cancelled")
+        self._lines.open(name, answer.is_cancelled, functools.partial(answer.send, gone))
+        answer.send(Piece("open"))
 
     def _session(self, request: Any, command: str, answer: Answer) -> None:
         cache = self._engine.cache
@@ -354,8 +356,7 @@ def _scalar(request: Any, name: str) -> Any:
 
 
 def _word(request: Any, name: str) -> str:
-    values = triton_io.strings(request, name)
-    return values[0] if values else ""
+    return next(iter(triton_io.strings(request, name)), "")
 
 
 def _check_wanted(request: Request) -> None:
