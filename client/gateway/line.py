@@ -30,6 +30,8 @@ class Line:
         self.name = ""
         """Of the line that is open; empty while there is none."""
         self._stub = stub
+        self._refused = ""
+        """Why the last was not opened: said once, not with every try."""
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -57,9 +59,11 @@ class Line:
             async for response in call:
                 piece = read_piece(response)
                 if piece is not None and not piece.finish_reason:
-                    self.name = name
+                    self.name, self._refused = name, ""
         except WiCoreError as error:
-            log.warning("the decoder opens no line: %s", error.message)
+            if error.message != self._refused:
+                log.warning("the decoder opens no line: %s", error.message)
+            self._refused = error.message
         except grpc.RpcError:
             pass  # the server has gone; there will be another
         finally:
