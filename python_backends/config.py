@@ -45,9 +45,12 @@ MAY_BE_ZERO = frozenset(
         "drain_s",
     )
 )
+KV_PRECISIONS = ("as-is", "int8", "int4")
 CHOICES = {
     "cpu_kernels": ("auto", "onnxruntime"),
     "execution_provider": ("auto", "cpu", "cuda"),
+    "kv_host_precision": KV_PRECISIONS,
+    "kv_nvme_precision": KV_PRECISIONS,
     "log_format": ("text", "json"),
     "trt_precision": ("auto", "fp32", "bf16", "fp16", "fp8", "int8", "int4"),
 }
@@ -154,6 +157,11 @@ class Config:
     """What the KV of one ``cache_salt`` may take on each tier (GB), so that nobody crowds others out; 0: no limit."""
     kv_block_tokens: int = 64
     """Tokens of a KV block."""
+    kv_host_precision: str = "as-is"
+    """What KV is kept in on the host tier: "as-is", or rounded to "int8" or "int4", which can change answers; see
+    docs/hmt-tiers.md."""
+    kv_nvme_precision: str = "as-is"
+    """The same on the tier on disk."""
     prefetch_size: int = 131_072
     """Most tokens of a waiting prompt whose KV is brought up from the disk; what lies further is computed. 0: none."""
     hmt_eviction_policy: str = "a2cr"

@@ -12,12 +12,19 @@ import numpy as np
 
 if TYPE_CHECKING:
     from builders.demo.evaluate import Request as Asked
+    from python_backends.config import Config
+    from python_backends.decoder.engine import Engine
     from python_backends.decoder.sequence import Piece
+    from python_backends.manifest import Manifest
 
 
 @contextmanager
-def in_process_answerer(repository: Path, checkpoint: Path) -> Iterator[Callable[[Sequence[Asked]], list[str]]]:
+def in_process_answerer(
+    repository: Path, checkpoint: Path, open_engine: Callable[[Manifest, Config], Engine] | None = None
+) -> Iterator[Callable[[Sequence[Asked]], list[str]]]:
     """As `builders.demo.evaluate` takes it: many conversations at a time, decoded together.
+
+    ``open_engine``: `decoder.open.open_engine` where None.
 
     Raises:
         ArtifactError: the repository is not built.
@@ -26,7 +33,7 @@ def in_process_answerer(repository: Path, checkpoint: Path) -> Iterator[Callable
 
     from builders.demo.evaluate import MAX_NEW_TOKENS
     from python_backends import config, contract, manifest
-    from python_backends.decoder.open import open_engine
+    from python_backends.decoder.open import open_engine as open_default
     from python_backends.decoder.parameters import parameters_within
     from python_backends.decoder.sequence import Request
     from python_backends.runtime.onnxruntime import OnnxRuntimeVision
@@ -35,7 +42,7 @@ def in_process_answerer(repository: Path, checkpoint: Path) -> Iterator[Callable
     built = manifest.load(repository)
     processor = AutoProcessor.from_pretrained(checkpoint, backend="pil")
     vision = OnnxRuntimeVision(built.folder(contract.VISION_ENCODER))
-    engine = open_engine(built, settings)
+    engine = (open_engine or open_default)(built, settings)
 
     def submit(asked: Asked) -> tuple[threading.Event, list[Piece]]:
         ids, starts, pixels = prepare(processor, asked, built.model.image)

@@ -81,7 +81,7 @@ class Engine:
         )
         self._budget = PrefillBudget(config.prefill_chunk, config.target_inter_token_ms / 1000)
         self.cache = cache
-        self._reuse = Reuse(cache, runtime, lambda: self._budget.token_s)
+        self._reuse = Reuse(cache, runtime, lambda: self._budget.token_s, lambda: self._scheduler.idle)
         self._writer = AnswerWriter(tokenizer)
         self._masks = StepMasks(self.spec, config.max_draft)
         self._postprocessor = Postprocessor(runtime, self._writer, self._masks, self.stats, config.max_draft)
@@ -321,6 +321,7 @@ class Engine:
             self._reuse.computed(sequence, row.slot, length)
             if row in observed and outputs.block_attention is not None:
                 self._reuse.observe(sequence, outputs.block_attention[row.slot - step.rows[0].slot])
+            self._intake.meet(sequence, row.slot, length)
             if end is not None:
                 with self._changed:
                     self._remove(sequence)

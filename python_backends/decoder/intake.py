@@ -93,22 +93,32 @@ class Intake:
                 fork.state = state
                 self._add(fork, computed=computed)
 
-    def load(self, sequence: ActiveSequence, slot: int, length: int) -> bool:
-        """Put what the cache holds of a sequence into its slot. Called without the lock.
+    def meet(self, sequence: ActiveSequence, slot: int, computed: int) -> None:
+        """A step ended with so many tokens in the slot: what was loaded meanwhile may be put behind them. Without the
+        lock."""
+        if reached := self._reuse.meets(sequence, computed):
+            self.load(sequence, slot, reached, computed)
+
+    def load(self, sequence: ActiveSequence, slot: int, length: int, computed: int = 0) -> bool:
+        """Put what the cache holds of a sequence into its slot, behind the tokens ``computed`` there. Without the lock.
 
         False where none of its rows can run now: the KV is on its way, and others' steps go on meanwhile, or it is lost
-        and computed from the beginning.
+        and all that is not in the slot is computed.
         """
         enter = functools.partial(self._enter, sequence.sequence_id)
         with self._changed:
             self._scheduler.suspend(sequence.sequence_id)
-        load = self._reuse.load(sequence, slot, enter)
-        if load == "lost":
+        load = self._reuse.load(sequence, slot, enter, computed)
+        if load == "lost" and not computed:
             self._compute_all(sequence)
             return False
-        if load == "there":
+        if load != "coming":
             enter()
-        self.share(sequence.sequence_id, slot, length)
+        if load != "lost":
+            if computed:
+                with self._changed:
+                    self._scheduler.advance(sequence.sequence_id, length)
+            self.share(sequence.sequence_id, slot, length)
         return load == "there"
 
     def _enter(self, sequence_id: int) -> None:
@@ -138,8 +148,13 @@ class Intake:
         self._encoder.shutdown(cancel_futures=True)
 
     def _add_found(self, sequence: ActiveSequence, hit: Hit | None, boundaries: Sequence[int]) -> None:
-        """Queue a sequence of which the cache may hold something; on hold until that is in memory."""
-        self._add(sequence, (*boundaries, *self._reuse.boundaries(sequence)), held=True)
+        """Queue a sequence of which the cache may hold something; on hold until that is in memory, but where it is to
+        compute meanwhile (`meet`)."""
+        boundaries = (*boundaries, *self._reuse.boundaries(sequence))
+        if hit is not None and (meets_at := hit.meets_at):
+            self._add(sequence, (*boundaries, meets_at))
+            return
+        self._add(sequence, boundaries, held=True)
         if hit is None or not hit.when_loaded(lambda: self._found(sequence)):
             self._found(sequence)
 

@@ -58,13 +58,21 @@ class Reuse:
         cache: or None.
         runtime: whose slots are read and filled.
         token_seconds: what a prompt token takes to compute, as far as is known.
+        idle: whether a prompt that comes now is computed at once and beside nothing else.
     """
 
-    def __init__(self, cache: KvCache | None, runtime: DecoderRuntime, token_seconds: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        cache: KvCache | None,
+        runtime: DecoderRuntime,
+        token_seconds: Callable[[], float],
+        idle: Callable[[], bool],
+    ) -> None:
         self._cache = cache
         self._runtime = runtime
         self._image_tokens = runtime.spec.tokens_per_image
         self._token_seconds = token_seconds
+        self._idle = idle
         self.block_tokens = runtime.kv_layout.block_tokens
 
     def look_up(self, request: Request) -> Hit | None:
@@ -73,7 +81,7 @@ class Reuse:
             return None
         ids = self._cache.prompt_ids(request.input_ids, self._images(request), request.cache_salt)
         limit = 0 if request.parameters.prompt_logprobs is not None else self._last_start(ids)
-        return self._cache.look_up(ids, limit, self._token_seconds())
+        return self._cache.look_up(ids, limit, self._token_seconds(), beside=self._idle())
 
     def _last_start(self, ids: PromptIds) -> int:
         """Where the last chunk of a prompt may begin: its last token must be computed, and by the kernels of any other
@@ -91,7 +99,8 @@ class Reuse:
             sequence.reused = Reused(ids, None, set())
             sequence.cached = CachedTokens({}, "shared")
             return
-        sequence.reused = Reused(hit.ids, hit, self._tails(request, hit))
+        visit = self._cache.touch(hit.match.keys) if hit.meets_at else None
+        sequence.reused = Reused(hit.ids, hit, self._tails(request, hit), visit=visit)
 
     def boundaries(self, sequence: ActiveSequence) -> Sequence[int]:
         """Positions that chunks should end at."""
@@ -107,33 +116,44 @@ class Reuse:
             self.give_up(sequence)
         return length
 
-    def load(self, sequence: ActiveSequence, slot: int, entered: Callable[[], None]) -> Load:
-        """Put what was found into the slot. Where it is "coming", ``entered`` is called from another thread when it is
-        there; where it was "lost", everything must be computed."""
+    def meets(self, sequence: ActiveSequence, computed: int) -> int:
+        """How many tokens the slot of a sequence that computes while the rest is loaded (`Hit.meets_at`) has once
+        `load` puts that behind those ``computed``; 0: it is not there yet, or of no use any more."""
+        reused = sequence.reused
+        if reused is None or (hit := reused.hit) is None or (when := hit.meeting(computed)) == "later":
+            return 0
+        if when == "never":
+            self.give_up(sequence, "slow" if hit.length else "lost")
+            return 0
+        return hit.length
+
+    def load(self, sequence: ActiveSequence, slot: int, entered: Callable[[], None], computed: int = 0) -> Load:
+        """Put what was found into the slot, behind the tokens ``computed`` there. Where it is "coming", ``entered`` is
+        called from another thread when it is there; where it was "lost", all that lies further must be computed."""
         reused = sequence.reused
         assert self._cache is not None
         assert reused is not None
         assert reused.hit is not None
         hit, reused.hit = reused.hit, None
-        loaded = hit.load(self._runtime, slot)
+        loaded = hit.load(self._runtime, slot, computed)
         if loaded:
             reused.kept = len(hit.match.blocks)
         sequence.cached = CachedTokens(hit.tokens_by_tier, hit.missed) if loaded else CachedTokens({}, "lost")
         self._cache.count(sequence.cached.by_tier, sequence.prompt_length, sequence.cached.missed)
-        reused.visit = self._cache.touch(hit.match.keys if loaded else ())
+        reused.visit = reused.visit or self._cache.touch(hit.match.keys if loaded else ())
         hit.release()
         if hit.transfer is not None:
             self._cache.after(hit.transfer, entered)
             return "coming"
         return "there" if loaded else "lost"
 
-    def give_up(self, sequence: ActiveSequence) -> None:
-        """Nothing will be loaded (any more)."""
+    def give_up(self, sequence: ActiveSequence, missed: str | None = None) -> None:
+        """Nothing will be loaded (any more); ``missed``: why, where the look-up does not know it."""
         if sequence.reused is not None and sequence.reused.hit is not None:
             hit, sequence.reused.hit = sequence.reused.hit, None
-            sequence.cached = CachedTokens({}, hit.missed)
-            hit.cache.count({}, sequence.prompt_length, hit.missed)
-            sequence.reused.visit = hit.cache.touch(())
+            sequence.cached = CachedTokens({}, hit.missed if missed is None else missed)
+            hit.cache.count({}, sequence.prompt_length, sequence.cached.missed)
+            sequence.reused.visit = sequence.reused.visit or hit.cache.touch(())
             hit.release()
 
     def computed(self, sequence: ActiveSequence, slot: int, length: int) -> None:

@@ -150,6 +150,11 @@ class Scheduler:
         return tuple(self._running)
 
     @property
+    def idle(self) -> bool:
+        """Whether a sequence that came now would be alone."""
+        return not self._waiting and not self._running
+
+    @property
     def decoding(self) -> int:
         """Sequences whose prompt is done and that hold a slot."""
         return sum(1 for work in self._running.values() if not work.prefilling)
@@ -277,6 +282,13 @@ class Scheduler:
         work.computed = base + drawn - 1
         work.length = work.computed + 1
         work.since_admission += drawn
+
+    def advance(self, sequence_id: int, computed: int) -> None:
+        """Note that the caller has put what a running sequence lacked into its slot, up to ``computed`` tokens."""
+        work = self._running[sequence_id]
+        if not work.computed < computed < work.prompt_length:
+            raise ValueError(f"{computed} tokens of {work.prompt_length}, {work.computed} of them computed")
+        work.computed = computed
 
     def check_integrity(self) -> None:
         """Raise AssertionError where an invariant does not hold."""

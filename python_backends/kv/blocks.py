@@ -19,12 +19,13 @@ TIERS: tuple[Tier, ...] = ("device", "host", "nvme")
 
 EntryKind = Literal["block", "tail"]
 
-MissReason = Literal["", "new", "evicted", "lost", "erased", "in_flight", "no_tail", "limit"]
+MissReason = Literal["", "new", "evicted", "lost", "erased", "in_flight", "no_tail", "slow", "limit"]
 """Why a match ends where it does.
 
 ``""``: it does not, everything up to the limit is there. ``new``: the next entry was never kept, as far as is
 remembered. ``evicted``, ``lost`` (a tier failed to give it back) and ``erased`` (by command): it was. ``in_flight``: it
 is being written and cannot be read yet. ``no_tail``: further blocks are there, but no tail to resume at.
+``slow``: it was computed while it, or what lies behind it, was being loaded.
 """
 
 MoveReason = Literal["demote", "promote", "write_through", "drop", "duplicate", "orphan", "erase"]

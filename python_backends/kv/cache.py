@@ -127,13 +127,14 @@ class KvCache:
             salt=identity.salt_hash(cache_salt),
         )
 
-    def look_up(self, ids: PromptIds, limit: int, token_s: float = 0.0) -> Hit:
+    def look_up(self, ids: PromptIds, limit: int, token_s: float = 0.0, *, beside: bool = False) -> Hit:
         """The longest beginning of at most ``limit`` tokens that is held; what of it lies on NVMe is being loaded.
 
-        Where computing takes ``token_s`` a token (0: unknown), what would be computed sooner is not loaded.
+        Where computing takes ``token_s`` a token (0: unknown), what would be computed sooner is not loaded. ``beside``:
+        the request can begin to compute at once, and what pays to be computed meanwhile is not loaded either.
         """
         self._fills.wait()
-        hit = Hit(self, ids, limit, token_s)
+        hit = Hit(self, ids, limit, token_s, beside=beside)
         hit.find()
         return hit
 

@@ -100,14 +100,19 @@ class Carrier:
             drops = self._manager.finish(move, now, ok=error is None, reason=reason)
             if isinstance(error, EntryLostError):
                 self._manager.lost(move.key, move.source, reason, now)
-            for store in self._stores.values():
-                for key in store.take_lost():
-                    self._manager.lost(key, store.name, "damaged", now)
         for key, tier in drops:
             if move.reason == "erase":
                 self._erase(key, tier)
             else:
                 self._stores[tier].drop(key)
+        self._tell_lost()
+
+    def _tell_lost(self) -> None:
+        """What a tier gave up by itself: damaged records, and what shared a file with one that could not be erased."""
+        with self._lock:
+            for store in self._stores.values():
+                for key in store.take_lost():
+                    self._manager.lost(key, store.name, "damaged", self._clock())
 
     def _erase(self, key: EntryKey, tier: Tier) -> None:
         try:

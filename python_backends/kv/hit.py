@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from python_backends.errors import EntryLostError, InternalError
 from python_backends.kv.blocks import TIERS, EntryId, EntryKey, Match, Tier
@@ -20,13 +20,22 @@ TRIES = 3
 
 
 class Hit:
-    """What of a prompt the cache holds, kept where it is until `release`. Made by `KvCache.look_up`."""
+    """What of a prompt the cache holds, kept where it is until `release`. Made by `KvCache.look_up`.
 
-    def __init__(self, cache: KvCache, ids: PromptIds, limit: int, token_s: float) -> None:
+    Where ``beside``, its request may compute from the front while the rest is loaded (`meets_at`).
+    """
+
+    def __init__(self, cache: KvCache, ids: PromptIds, limit: int, token_s: float, *, beside: bool) -> None:
         self.ids = ids
         self.cache = cache
         self._limit = limit
         self._token_s = token_s
+        self._beside = beside
+        self.meets_at = 0
+        """Tokens that the request is to compute itself meanwhile, from the first on: only what lies behind them is
+        being loaded. 0: everything is."""
+        self.computed = 0
+        """Tokens that it had computed when the others were put behind them."""
         self._match: Match | None = None
         self._held: tuple[EntryKey, ...] = ()
         self._came_from: dict[EntryId, Tier] = {}
@@ -49,8 +58,10 @@ class Hit:
         cache = self.cache
         with cache.lock:
             match, cold = self._hold(0 if self._released else limit)
-            while cold and not self._worth_loading(match, cold):
+            wanted: list[EntryKey] | None = []
+            while cold and (wanted := self._worth_loading(match, cold)) is None:
                 match, cold = self._hold(match.length - 1)
+            cold = wanted or []
             was_loading, self._loading = self._loading, bool(cold)
             then = self._then
         if cold:
@@ -63,18 +74,20 @@ class Hit:
         self.cache.release(self._held)
         self._match = match = self.cache.match(self.ids, limit)
         self._held = match.keys
+        self.meets_at = 0
         tiers = [*match.block_tiers, *([] if match.tail_tier is None else [match.tail_tier])]
         for key, tier in zip(match.keys, tiers, strict=True):
             self._came_from.setdefault(key.id, tier)
         return match, [key for key in match.keys if not self.cache.in_memory(key)]
 
-    def _worth_loading(self, match: Match, cold: list[EntryKey]) -> bool:
-        """Whether it is no more than is to be loaded, and expected to end before computing would."""
+    def _worth_loading(self, match: Match, cold: list[EntryKey]) -> list[EntryKey] | None:
+        """What of ``cold`` to load: all of it, or what lies behind `meets_at`; None where it is more than is to be
+        loaded, or expected to take longer than computing."""
         cache, speeds = self.cache, self.cache.speeds
         if cache.prefetch_tokens is not None and len(cold) * cache.layout.block_tokens > cache.prefetch_tokens:
-            return False
+            return None
         if speeds is None or not self._token_s or match.tail is None:
-            return True
+            return cold
         slow = {key.id for key in cold}
         link: tuple[Tier, Tier] = ("nvme", cache.load_target)
         *blocks, tail = [Piece(key.num_bytes, (link,) if key.id in slow else ()) for key in match.keys]
@@ -86,19 +99,30 @@ class Hit:
             tokens_per_s=1 / self._token_s,
             speeds=speeds,
         )
-        return plan.load_s <= plan.recompute_s
+        meets_at = plan.computed_blocks * cache.layout.block_tokens
+        # Images in what is held are not encoded, and others delay the request.
+        if plan.way == "both" and self._beside and meets_at < self.length and not self.ids.images:
+            self.meets_at = meets_at
+            return [key for key in cold if key.position > meets_at]
+        return cold if plan.load_s <= plan.recompute_s else None
 
     def _loaded(self) -> None:
         """Loads are over. Where something did not come, the longest beginning without it is tried."""
         with self.cache.lock:
-            complete = self._released or all(self.cache.in_memory(key) for key in self.match.keys)
+            complete = self._released or all(self.cache.in_memory(key) for key in self._keys_behind(self.meets_at))
             self._loading = self._loading and not complete
             then = self._then
         if complete:
             then()
         else:
-            self._tries -= 1
+            # Who computes meanwhile cannot begin anew with another beginning; who waits goes on waiting.
+            self._tries = 0 if self.meets_at else self._tries - 1
+            self._beside = False
             self._try(self.match.length - 1 if self._tries else 0)
+
+    def _keys_behind(self, computed: int) -> tuple[EntryKey, ...]:
+        """What a slot with so many tokens lacks."""
+        return self.match.keys[computed // self.cache.layout.block_tokens :]
 
     @property
     def match(self) -> Match:
@@ -114,7 +138,9 @@ class Hit:
     @property
     def missed(self) -> str:
         """Why it is not more; "" where it is all but what must be computed."""
-        return "" if self.match.length >= self._limit else self.match.missed
+        if self.match.length < self._limit:
+            return self.match.missed
+        return "slow" if self.computed else ""
 
     @property
     def loading(self) -> bool:
@@ -132,14 +158,22 @@ class Hit:
     def tokens_by_tier(self) -> dict[str, int]:
         """How many of the `length` tokens came from each tier."""
         found: dict[str, int] = dict.fromkeys(TIERS, 0)
-        end = 0
+        end = self.computed
         for key in self.match.keys:
             found[self._came_from[key.id]] += max(0, min(key.position, self.length) - end)
-            end = key.position
+            end = max(end, key.position)
         return found
 
-    def load(self, runtime: DecoderRuntime, slot: int) -> bool:
-        """Put the tokens into a slot; False where an entry was lost, and nothing of the slot may be used.
+    def meeting(self, computed: int) -> Literal["later", "now", "never"]:
+        """Of what is loaded with ``computed`` tokens of the request: when it can be put behind them."""
+        with self.cache.lock:
+            if computed >= self.length:
+                return "never"
+            return "later" if self._loading or computed < self.meets_at else "now"
+
+    def load(self, runtime: DecoderRuntime, slot: int, computed: int = 0) -> bool:
+        """Put the tokens into a slot, behind those ``computed`` there; False where an entry was lost, and nothing was
+        changed.
 
         With True they may still be on their way (`transfer`); entries stay where they are until then.
         """
@@ -148,12 +182,15 @@ class Hit:
             raise InternalError("nothing was found, or it is not in memory yet")
         with contextlib.ExitStack() as stack:
             try:
-                views = [stack.enter_context(self.cache.view(key)) for key in match.keys]
+                views = [stack.enter_context(self.cache.view(key)) for key in self._keys_behind(computed)]
             except EntryLostError:
                 return False
-            self.transfer = runtime.import_blocks(slot, views[:-1], views[-1], match.length, keep=self.length)
+            self.transfer = runtime.import_blocks(
+                slot, views[:-1], views[-1], match.length, keep=self.length, computed=computed
+            )
             if self.transfer is not None:
                 self.cache.after(self.transfer, stack.pop_all().close)
+        self.computed = computed
         return True
 
     def release(self) -> None:

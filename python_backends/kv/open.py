@@ -16,6 +16,8 @@ from python_backends.kv.mover import Mover
 from python_backends.kv.policies import make_policies
 from python_backends.kv.tiers.arena import Arena, alignment_for
 from python_backends.kv.tiers.base import MemoryStore, TierStore
+from python_backends.kv.tiers.codec import make_codec
+from python_backends.kv.tiers.coded import CodedArena
 from python_backends.kv.tiers.memory import Memory, plain_memory
 from python_backends.kv.tiers.nvme import NvmeStore
 from python_backends.runtime.base import KvLayout
@@ -48,7 +50,7 @@ def open_cache(
         allocate: where they come from; page-locked for a runtime whose slots are on a GPU.
 
     Raises:
-        ConfigError: no such policy, or an NVMe limit that is too small.
+        ConfigError: no such policy, an NVMe limit that is too small, or a precision that the layout cannot be kept in.
     """
     largest = layout.largest_tail_bytes
     sizes: dict[Tier, int] = {"device": int(memory_limit * device_share)}
@@ -62,9 +64,12 @@ def open_cache(
             largest / 1e9,
         )
         return None
-    alignment = alignment_for(layout.block_bytes)
+    # Entries reach the disk from the host, so both precisions are part of what they are.
+    rounded = {config.kv_host_precision, config.kv_nvme_precision} != {"as-is"}
+    if rounded:
+        fingerprint += f"/host-{config.kv_host_precision}/nvme-{config.kv_nvme_precision}"
     memory: dict[Tier, MemoryStore] = {
-        tier: Arena(tier, size, alignment=alignment, allocate=allocate) for tier, size in sizes.items()
+        tier: _open_memory(tier, size, layout, config, allocate) for tier, size in sizes.items()
     }
     stores: dict[Tier, TierStore] = {**memory}
     nvme = _open_nvme(layout, fingerprint, config, largest)
@@ -97,6 +102,15 @@ def open_cache(
     )
 
 
+def _open_memory(
+    tier: Tier, limit_bytes: int, layout: KvLayout, config: Config, allocate: Callable[[int], Memory]
+) -> Arena | CodedArena:
+    codec = make_codec(config.kv_host_precision, layout.dtype) if tier == "host" else None
+    block = layout.block_bytes if codec is None else codec.stored_bytes(layout.block_bytes)
+    arena = Arena(tier, limit_bytes, alignment=alignment_for(block), allocate=allocate)
+    return arena if codec is None else CodedArena(arena, codec, layout.block_bytes)
+
+
 def _open_nvme(layout: KvLayout, fingerprint: str, config: Config, largest: int) -> NvmeStore | None:
     """The tier on disk; a folder that cannot be used costs the tier, never the server."""
     if not config.nvme_path or not config.nvme_memory_gb:
@@ -108,6 +122,7 @@ def _open_nvme(layout: KvLayout, fingerprint: str, config: Config, largest: int)
             fingerprint=f"{fingerprint}/{layout.identity}".encode(),
             block_bytes=layout.block_bytes,
             largest_bytes=largest,
+            codec=make_codec(config.kv_nvme_precision, layout.dtype),
             free_floor_bytes=int(config.nvme_free_floor_gb * 1e9),
             write_budget_bytes=int(config.nvme_daily_writes_gb * 1e9) or None,
         )

@@ -233,13 +233,21 @@ class DecoderRuntime(Protocol):
         ...
 
     def import_blocks(
-        self, slot: int, blocks: Sequence[memoryview], tail: memoryview, length: int, *, keep: int | None = None
+        self,
+        slot: int,
+        blocks: Sequence[memoryview],
+        tail: memoryview,
+        length: int,
+        *,
+        keep: int | None = None,
+        computed: int = 0,
     ) -> Transfer | None:
         """Put ``length`` tokens into a slot: their full blocks from the first on, and the tail at ``length``.
 
         The slot is then as if it had computed them, bit for bit where it matters. With ``keep`` one less than
-        ``length`` it is as if it had computed all but the last: a tail's window reaches that far back. Buffers must
-        stay as they are until the transfer is over (None: it is); steps of the slot wait for it.
+        ``length`` it is as if it had computed all but the last: a tail's window reaches that far back. Where the slot
+        has ``computed`` of the tokens already, ``blocks`` begin with the one that holds the next. Buffers must stay as
+        they are until the transfer is over (None: it is); steps of the slot wait for it.
         """
         ...
 

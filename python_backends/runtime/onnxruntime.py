@@ -194,14 +194,21 @@ class OnnxRuntimeDecoder:
         self._slots.export_tail(slot, length, into)
 
     def import_blocks(
-        self, slot: int, blocks: Sequence[memoryview], tail: memoryview, length: int, *, keep: int | None = None
+        self,
+        slot: int,
+        blocks: Sequence[memoryview],
+        tail: memoryview,
+        length: int,
+        *,
+        keep: int | None = None,
+        computed: int = 0,
     ) -> None:
         """See `DecoderRuntime.import_blocks`.
 
         Raises:
             InternalError: no such slot, or buffers that do not add up; the slot's tokens are undefined then.
         """
-        self._slots.import_blocks(slot, blocks, tail, length, keep=keep)
+        self._slots.import_blocks(slot, blocks, tail, length, keep=keep, computed=computed)
 
     def max_draft(self, past_len: int, wanted: int) -> int:
         """See `DecoderRuntime.max_draft`."""

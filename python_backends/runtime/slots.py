@@ -172,7 +172,14 @@ class SlotCaches:
         self._finish()
 
     def import_blocks(
-        self, slot: int, blocks: Sequence[memoryview], tail: memoryview, length: int, *, keep: int | None = None
+        self,
+        slot: int,
+        blocks: Sequence[memoryview],
+        tail: memoryview,
+        length: int,
+        *,
+        keep: int | None = None,
+        computed: int = 0,
     ) -> None:
         """See `DecoderRuntime.import_blocks`.
 
@@ -181,11 +188,14 @@ class SlotCaches:
                 serve. The slot's tokens are undefined then.
         """
         size, kept = self.layout.block_tokens, length if keep is None else keep
+        first = computed // size
         self._check(slot, length)
         _check_bytes(tail, self.layout.tail_bytes(length))
-        if len(blocks) != length // size or not max(0, length - 1) <= kept <= length:
-            raise InternalError(f"{len(blocks)} blocks of {size} tokens for {kept} of {length} tokens")
-        for index, block in enumerate(blocks):
+        if len(blocks) != length // size - first or not max(computed, length - 1) <= kept <= length:
+            raise InternalError(
+                f"{len(blocks)} blocks of {size} tokens for {kept} of {length} tokens behind {computed} computed"
+            )
+        for index, block in enumerate(blocks, first):
             _check_bytes(block, self.layout.block_bytes)
             parts = self._parts(block)
             for name in self._of_kind(local=False):

@@ -260,7 +260,14 @@ class GpuDecoder:
         return self.kv.export_tail(slot, length, into)
 
     def import_blocks(
-        self, slot: int, blocks: Sequence[memoryview], tail: memoryview, length: int, *, keep: int | None = None
+        self,
+        slot: int,
+        blocks: Sequence[memoryview],
+        tail: memoryview,
+        length: int,
+        *,
+        keep: int | None = None,
+        computed: int = 0,
     ) -> Transfer:
         """See `DecoderRuntime.import_blocks`. Pages hold tokens by their position: ``keep`` changes nothing.
 
@@ -268,10 +275,13 @@ class GpuDecoder:
             InternalError: no such slot, or buffers that do not add up; the slot's tokens are undefined then.
         """
         size, kept = self.kv_layout.block_tokens, length if keep is None else keep
-        if len(blocks) != length // size or not max(0, length - 1) <= kept <= length:
-            raise InternalError(f"{len(blocks)} blocks of {size} tokens for {kept} of {length} tokens")
+        first = computed // size
+        if len(blocks) != length // size - first or not max(computed, length - 1) <= kept <= length:
+            raise InternalError(
+                f"{len(blocks)} blocks of {size} tokens for {kept} of {length} tokens behind {computed} computed"
+            )
         self._device.activate()
-        return self.kv.import_blocks(slot, blocks, tail, length)
+        return self.kv.import_blocks(slot, blocks, tail, length, first=first)
 
     def max_draft(self, past_len: int, wanted: int) -> int:
         """See `DecoderRuntime.max_draft`: a ring keeps its window while a few more tokens are written."""

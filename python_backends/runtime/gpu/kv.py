@@ -200,8 +200,10 @@ class PagedKv:
         """
         return self._export(slot, self.tail(slot, length), into, self._kept_until(length))
 
-    def import_blocks(self, slot: int, blocks: Sequence[memoryview], tail: memoryview, length: int) -> Transfer:
-        """Start to fill a slot with ``length`` tokens; its pages are reserved here.
+    def import_blocks(
+        self, slot: int, blocks: Sequence[memoryview], tail: memoryview, length: int, first: int = 0
+    ) -> Transfer:
+        """Start to fill a slot with ``length`` tokens, from block ``first`` on; its pages are reserved here.
 
         Raises:
             InternalError: as `tail`, or a buffer of another size.
@@ -209,7 +211,7 @@ class PagedKv:
         size = self.layout.block_tokens
         self._check(slot, length)
         self.reserve([(slot, length)])
-        copies: list[Copy] = [(self.block(slot, index * size), block) for index, block in enumerate(blocks)]
+        copies: list[Copy] = [(self.block(slot, index * size), block) for index, block in enumerate(blocks, first)]
         return self._import(slot, [*copies, (self.tail(slot, length), tail)])
 
     def export_slot(self, slot: int, length: int) -> PagedState:

@@ -1,69 +1,31 @@
-"""The engine with a KV cache: answers are those without one, whatever was found, lost, shared or moved meanwhile."""
+"""The engine with a KV cache: answers are those without one, whatever was found, lost or shared meanwhile."""
 
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
 
 import numpy as np
 import pytest
 
-from python_backends.config import Config
-from python_backends.decoder.engine import Engine
-from python_backends.errors import InternalError
-from python_backends.kv.identity import content_hash
-from python_backends.kv.mover import Mover
-from tests.checkpoints import IMAGE, tiny
-from tests.driver import decoder, vision
-from tests.prompts import prompt as random_prompt
-from tests.python_backends.decoder.callers import Caller, alone, prompt, word_tokenizer
-from tests.python_backends.kv.caches import MB, demote, open_cache, references
-
-BLOCK, CONTEXT = 16, 512
-PLAIN = Config(prefill_chunk=24, max_draft=0, quantum_tokens=0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer()
+from tests.python_backends.decoder.cached_engines import (
+    BLOCK,
+    PLAIN,
+    cached,
+    engines,
+    keys_of,
+    load_behind_a_gate,
+    missed,
+    until,
+)
+from tests.python_backends.decoder.callers import Caller, alone, prompt
+from tests.python_backends.kv.caches import references
 
 
 @pytest.fixture
-def open_engine(tokenizer, tmp_path):
-    engines = []
-
-    def open_(family="1b", config=PLAIN, slots=4, cached=True, folder=None, **sizes):
-        runtime = decoder(tiny(family), num_slots=slots, context=CONTEXT, block_tokens=BLOCK)
-        cache = open_cache(runtime.kv_layout, folder and tmp_path / folder, **sizes) if cached else None
-        engines.append(Engine(runtime, tokenizer, config, cache=cache))
-        return engines[-1], cache
-
-    yield open_
-    for engine in (each for each in engines if not each._closing):
-        deadline = time.monotonic() + 10
-        while not engine.idle and time.monotonic() < deadline:
-            time.sleep(0.005)
-        engine.check_integrity()
-        if engine.cache is not None:
-            assert not references(engine.cache), "a reference was not released"
-            engine.cache.check_integrity()
-        engine.close()
-
-
-def cached(caller, tier="device"):
-    return caller.last.usage.as_json()["cached_tokens"][tier]
-
-
-def missed(caller):
-    return caller.last.usage.as_json()["cache_miss"]
-
-
-def keys_of(cache):
-    """Every entry, children first."""
-    return tuple(
-        sorted((entry.key for entry in cache._manager._table), key=lambda key: (-key.position, key.kind != "tail"))
-    )
+def open_engine(tmp_path):
+    with engines(tmp_path) as open_:
+        yield open_
 
 
 def test_the_next_turn_computes_only_what_is_new(open_engine):
@@ -155,36 +117,6 @@ def test_drafts_grammar_free_and_penalties_go_on_after_a_hit(open_engine):
     assert alone(engine, follow).tokens == alone(plain, follow).tokens
 
 
-@pytest.mark.parametrize("mover", [None, Mover], ids=["at-once", "threads"])
-@pytest.mark.parametrize("source", ["host", "nvme"])
-def test_answers_from_lower_tiers_are_the_same(open_engine, source, mover):
-    plain, _ = open_engine(cached=False)
-    engine, cache = open_engine(folder="tier", mover=mover)
-    ids = prompt(7, 120)
-    first = alone(engine, ids)
-    while not engine.idle:
-        time.sleep(0.001)
-    demote(cache, keys_of(cache), "device", "host")
-    if source == "nvme":
-        demote(cache, keys_of(cache), "host", "nvme")
-    again = alone(engine, ids)
-    assert again.tokens == first.tokens == alone(plain, ids).tokens
-    assert cached(again, source) == 119
-
-
-def test_a_restarted_server_goes_on_from_disk(open_engine):
-    ids = prompt(8, 120)
-    engine, cache = open_engine(folder="kept")
-    first = alone(engine, ids)
-    while not engine.idle:
-        time.sleep(0.001)
-    for source, target in (("device", "host"), ("host", "nvme")):
-        demote(cache, keys_of(cache), source, target)
-    engine.close()
-    again = alone(open_engine(folder="kept")[0], ids)
-    assert (again.tokens, cached(again, "nvme")) == (first.tokens, 119)
-
-
 def test_what_vanishes_while_a_request_waits_is_computed(open_engine):
     engine, cache = open_engine(slots=1)
     ids = prompt(9, 100)
@@ -233,149 +165,6 @@ def test_sequences_set_aside_answer_as_if_alone(open_engine):
     assert crowded.stats.read()["moves"] > 8
 
 
-class Pictured:
-    """Requests about pictures, whose embeddings are asked for as the backend does."""
-
-    def __init__(self, engine, encoder):
-        self.engine, self.encoder = engine, encoder
-        self.encoded = 0
-
-    def ask(self, item, fail=False, **parameters):
-        caller = Caller(item.ids, **parameters)
-        starts = [start for start, _ in item.spans]
-        hashes = [content_hash(image.tobytes()) for image in item.pixels]
-        request = dataclasses.replace(caller.request, image_starts=starts, image_hashes=hashes)
-        hit = self.engine.look_up(request)
-        known = 0 if hit is None else sum(start < hit.length for start in starts)
-
-        def rest():
-            if fail:
-                raise InternalError("the encoder is gone")
-            return self.encode(item.pixels[:known])
-
-        features = self.encode(item.pixels[known:])
-        caller.request = dataclasses.replace(
-            request, hit=hit, image_features=features, encoded_from=known, encode_rest=rest
-        )
-        return caller
-
-    def encode(self, pixels):
-        self.encoded += len(pixels)
-        return np.concatenate(self.encoder.encode(pixels)) if len(pixels) else None
-
-
-def test_a_picture_that_was_seen_is_not_encoded_again(open_engine):
-    folder = tiny("4b")
-    plain, _ = open_engine("4b", cached=False)
-    engine, _ = open_engine("4b")
-    encoder = vision(folder)
-    item = random_prompt(folder, np.random.default_rng(3), text=60, pictures=2)
-    asking, reference = Pictured(engine, encoder), Pictured(plain, encoder)
-    end = item.spans[-1][1]
-    for question in range(3):
-        asked = dataclasses.replace(item, ids=[*item.ids[:end], *prompt(70 + question, 20)])
-        found = asking.ask(asked).to(engine).wait()
-        assert found.tokens == reference.ask(asked).to(plain).wait().tokens
-        assert cached(found) == (end if question else 0)
-    assert (asking.encoded, reference.encoded) == (2, 6)
-    other = dataclasses.replace(item, pixels=item.pixels[::-1].copy())
-    assert cached(asking.ask(other).to(engine).wait()) < item.spans[0][0]
-    assert asking.encoded == 4
-
-
-@pytest.mark.parametrize("fail", [False, True])
-def test_a_picture_whose_kv_is_lost_after_all_is_encoded_then(open_engine, fail):
-    folder = tiny("4b")
-    engine, cache = open_engine("4b", slots=1)
-    item = random_prompt(folder, np.random.default_rng(3), text=60, pictures=2)
-    asking = Pictured(engine, vision(folder))
-    first = asking.ask(item).to(engine).wait()
-    caller = asking.ask(item, fail=fail)
-    for key in keys_of(cache):
-        cache._memory["device"].drop(key)
-    caller.to(engine).wait()
-    if fail:
-        assert caller.last.error.message == "the encoder is gone"
-        return
-    assert caller.tokens == first.tokens
-    assert (asking.encoded, missed(caller)) == (4, "lost")
-
-
-def test_a_picture_behind_what_is_left_of_a_hit_is_encoded_then(open_engine):
-    """Look-up counts on both pictures; then the second one's tail turns out to be lost, and the first one's is not."""
-    folder = tiny("4b")
-    engine, cache = open_engine("4b", folder="tier", mover=Mover)
-    item = random_prompt(folder, np.random.default_rng(3), text=60, pictures=2)
-    asking = Pictured(engine, vision(folder))
-    first = asking.ask(item).to(engine).wait()
-    while not engine.idle:
-        time.sleep(0.001)
-    for source, target in (("device", "host"), ("host", "nvme")):
-        demote(cache, keys_of(cache), source, target)
-    store, begin = cache._stores["nvme"], threading.Event()
-    read_many = store.read_many
-
-    def read_later(items):
-        assert begin.wait(10)
-        return read_many(items)
-
-    store.read_many = read_later
-    caller = asking.ask(item)
-    assert asking.encoded == 2, "both are counted on"
-    behind_first = item.spans[0][1]
-    for key in keys_of(cache):
-        if key.kind == "tail" and key.position > behind_first:
-            store.drop(key)
-    begin.set()
-    caller.to(engine).wait()
-    assert caller.tokens == first.tokens
-    assert cached(caller, "nvme") == behind_first
-    assert asking.encoded == 4
-
-
-def test_two_requests_with_embeddings_alone_share_by_their_content(open_engine):
-    folder = tiny("4b")
-    engine, _ = open_engine("4b")
-    item = random_prompt(folder, np.random.default_rng(3), text=30, pictures=1)
-    features = np.concatenate(vision(folder).encode(item.pixels))
-
-    def ask(values):
-        caller = Caller(item.ids)
-        caller.request = dataclasses.replace(caller.request, image_starts=[item.spans[0][0]], image_features=values)
-        return cached(caller.to(engine).wait())
-
-    assert ask(features) == 0
-    assert ask(features.copy()) == len(item.ids) - 1
-    assert ask(features + 1) < item.spans[0][0]
-    assert IMAGE in item.ids
-
-
-def test_many_requests_at_once_over_tiers_that_move_answer_as_alone(open_engine):
-    plain, _ = open_engine(cached=False)
-    engine, cache = open_engine(
-        folder="crowd",
-        config=dataclasses.replace(PLAIN, quantum_tokens=4, max_draft=2),
-        device=MB // 8,
-        host=MB // 8,
-        nvme=8 * MB,
-        mover=Mover,
-    )
-    systems = [prompt(30 + index, 40) for index in range(3)]
-    cases = [[*systems[seed % 3], *prompt(40 + seed % 7, 10 + seed % 5)] for seed in range(30)]
-    expected = {tuple(ids): alone(plain, ids, max_tokens=6).tokens for ids in cases}
-    callers = []
-    for number, ids in enumerate(cases):
-        callers.append(Caller(ids, max_tokens=6).to(engine))
-        if number % 6 == 5:
-            gone = Caller(ids, max_tokens=100).to(engine)
-            time.sleep(0.01)
-            gone.cancelled = True
-            engine.check_integrity()
-    assert [caller.wait().tokens for caller in callers] == [expected[tuple(ids)] for ids in cases]
-    assert sum(sum(caller.last.usage.as_json()["cached_tokens"].values()) for caller in callers) > 0
-    assert cache.stats()["tiers"]["host"]["writes"]
-
-
 def test_attention_masses_reach_the_books(open_engine):
     engine, cache = open_engine()
     alone(engine, prompt(14, 100), max_tokens=40)
@@ -384,58 +173,6 @@ def test_attention_masses_reach_the_books(open_engine):
     assert len(known) >= 6
     assert all(mass > 0 for mass in known)
     assert len(set(known)) > 1
-
-
-@pytest.mark.parametrize("mover", [None, Mover], ids=["at-once", "threads"])
-def test_tiers_of_a_few_entries_that_must_move_all_the_time_change_no_answer(open_engine, mover):
-    plain, _ = open_engine(cached=False)
-    engine, cache = open_engine(folder="small", device=MB // 8, host=MB // 8, nvme=8 * MB, mover=mover)
-    rng = np.random.default_rng(5)
-    histories = [prompt(20 + index, 60) for index in range(4)]
-    for _ in range(24):
-        index = int(rng.integers(len(histories)))
-        ids = histories[index]
-        found = alone(engine, ids, max_tokens=8)
-        assert found.tokens == alone(plain, ids, max_tokens=8).tokens
-        histories[index] = [*ids, *found.tokens, *prompt(int(rng.integers(1000)), 6)]
-        if len(histories[index]) > 200:
-            histories[index] = histories[index][:60]
-        cache.check_integrity()
-    tiers = cache.stats()["tiers"]
-    assert tiers["host"]["writes"] > 10
-    assert tiers["nvme"]["writes"] > 10
-
-
-class Gate:
-    """A transfer that is over when the test says so, though the bytes are there already."""
-
-    def __init__(self):
-        self.opened = threading.Event()
-
-    def done(self):
-        return self.opened.is_set()
-
-    def wait(self):
-        assert self.opened.wait(30)
-
-
-def load_behind_a_gate(engine, monkeypatch):
-    """What a runtime does whose copies go on beside its steps."""
-    gate, load = Gate(), engine._runtime.import_blocks
-
-    def import_blocks(*args, **options):
-        load(*args, **options)
-        return gate
-
-    monkeypatch.setattr(engine._runtime, "import_blocks", import_blocks)
-    return gate
-
-
-def until(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_others_decode_while_a_slot_is_filled(open_engine, monkeypatch):

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 
 from python_backends.config import Config
@@ -14,6 +15,7 @@ from python_backends.kv.policies.leaves import LFU, LRU
 from tests.checkpoints import tiny
 from tests.driver import decoder
 from tests.python_backends.decoder.callers import alone, prompt, word_tokenizer
+from tests.python_backends.kv.caches import demote
 
 BLOCK, CONTEXT = 16, 512
 MEMORY = 2 * 2**20
@@ -121,6 +123,31 @@ def test_a_disk_below_its_free_floor_is_not_written_to(tmp_path):
 def test_a_salt_takes_no_more_than_its_quota():
     assert max(tier["used_bytes"] for tier in tiers_after(kv_salt_quota_gb=0.0003).values()) <= 0.0003e9
     assert max(tier["used_bytes"] for tier in tiers_after().values()) > 0.0003e9
+
+
+@pytest.mark.effect("kv_host_precision", "kv_nvme_precision")
+@pytest.mark.parametrize(("key", "way"), [("kv_host_precision", ["host"]), ("kv_nvme_precision", ["host", "nvme"])])
+def test_a_tier_keeps_kv_in_its_precision(tmp_path, key, way):
+    """So more fits into memory, and what comes back is rounded; by default it is what was computed."""
+    room, errors = {}, {}
+    for precision in ("as-is", "int8", "int4"):
+        place = {"nvme_path": str(tmp_path / precision), "nvme_memory_gb": 0.05}
+        engine, cache = opened(**place, **{} if precision == "as-is" else {key: precision})
+        alone(engine, prompt(1, 200), max_tokens=2)
+        settled(cache)
+        last = max((entry.key for entry in cache._manager._table), key=lambda key: key.position)
+        with cache.view(last) as payload:
+            exact = np.frombuffer(payload, np.float32).copy()
+        for source, target in zip(["device", *way], way, strict=False):
+            demote(cache, (last,), source, target)
+        back = np.empty_like(exact)
+        cache._stores[way[-1]].read(last, memoryview(back).cast("B"))
+        room[precision] = cache.stats()["tiers"]["host"]["usable_bytes"]
+        errors[precision] = abs(back - exact).max() / np.ptp(exact)
+        engine.close()
+    assert errors["as-is"] == 0 < errors["int8"] < 1 / 255 < errors["int4"] < 1 / 15
+    if key == "kv_host_precision":
+        assert 6 * room["as-is"] < 2 * room["int8"] < 1.2 * room["int4"]
 
 
 @pytest.mark.effect("prefetch_size")

@@ -124,7 +124,7 @@ def test_entries_stay_where_they_are_until_they_are_in_a_slot(cache):
     gate = Gate()
 
     class Runtime:
-        def import_blocks(self, slot, blocks, tail, length, *, keep):
+        def import_blocks(self, slot, blocks, tail, length, *, keep, computed):
             return gate
 
     def pinned():

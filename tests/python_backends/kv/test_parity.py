@@ -49,6 +49,24 @@ def test_a_sequence_set_aside_at_every_boundary_and_resumed_ends_as_the_whole_ru
 
 
 @pytest.mark.parametrize("stride", STRIDES)
+def test_met_from_both_ends_at_every_boundary_a_request_ends_as_the_whole_run(kept, whole, stride):
+    cache = open_cache(kept.runtime.kv_layout)
+    end = kept.length - 1
+    kept.begin(end)
+    kept.keep(cache, end)
+    for computed in [at for at in kept.boundaries()[::stride] if at < end]:
+        hit = cache.look_up(kept.ids(cache), end)
+        kept.spoil()
+        first = kept.begin(computed)
+        assert hit.load(kept.runtime, 0, computed)
+        assert hit.tokens_by_tier == {"device": end - computed, "host": 0, "nvme": 0}
+        logits, tokens = kept.drive(done=end)
+        assert_equal(([*first, *logits], tokens), (np.concatenate([whole[0][:computed], whole[0][end:]]), whole[1]))
+        hit.release()
+    cache.close()
+
+
+@pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("source", ["device", "host", "nvme", "restart"])
 def test_from_every_tier_at_every_boundary_a_request_ends_as_the_whole_run(kept, whole, source, stride, tmp_path):
     cache = open_cache(kept.runtime.kv_layout, tmp_path)

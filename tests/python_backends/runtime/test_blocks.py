@@ -52,8 +52,10 @@ def exported(runtime: OnnxRuntimeDecoder, slot: int, length: int) -> tuple[list[
     chunk=st.sampled_from([9, 50, 440]),
     slots=st.tuples(st.integers(0, SLOTS - 1), st.integers(0, SLOTS - 1)),
     drop=st.booleans(),
+    share=st.sampled_from([0, 0.3, 1]),
 )
-def test_a_sequence_continues_bit_for_bit_from_its_blocks_and_tail_in_any_slot(runtime, at, chunk, slots, drop):
+def test_a_sequence_continues_bit_for_bit_from_its_blocks_and_tail_in_any_slot(runtime, at, chunk, slots, drop, share):
+    """With a ``share`` of its chunks computed in that slot and only the rest put behind them."""
     first, second = slots
     kept = at - drop
     for past in range(0, kept, chunk):
@@ -67,7 +69,10 @@ def test_a_sequence_continues_bit_for_bit_from_its_blocks_and_tail_in_any_slot(r
     blocks, tail = exported(runtime, first, at)
     for slot in {first, second}:
         append(runtime, slot, 0, 0, TEXT[::-1][:350])  # another sequence takes the slot
-    runtime.import_blocks(second, blocks, tail, at, keep=kept)
+    computed = int(kept // chunk * share) * chunk
+    for past in range(0, computed, chunk):
+        append(runtime, second, past, chunk)
+    runtime.import_blocks(second, blocks[computed // BLOCK :], tail, at, keep=kept, computed=computed)
     found = [append(runtime, second, kept + offset, 1) for offset in range(30)]  # beyond the window's next eviction
     np.testing.assert_array_equal(found, wanted)
 
@@ -165,3 +170,6 @@ def test_buffers_and_positions_that_do_not_fit_are_refused(runtime):
     ):
         with pytest.raises(InternalError):
             runtime.import_blocks(1, some, end, length, keep=keep)
+    for some, computed in ((blocks, BLOCK), (blocks[1:], BLOCK - 1), ([], 41)):
+        with pytest.raises(InternalError):
+            runtime.import_blocks(1, some, tail, 40, computed=computed)

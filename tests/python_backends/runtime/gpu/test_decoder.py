@@ -178,3 +178,27 @@ def test_steps_wait_for_copies_that_they_would_disturb_or_that_fill_their_slot(
 def test_masks_of_another_vocabulary_are_refused(gpu: GpuDecoder) -> None:
     with pytest.raises(InternalError, match="words"):
         gpu.step(step_inputs(0, [[5]], [0], token_mask=np.zeros((1, 1, 15), np.int32)))
+
+
+def test_blocks_are_put_behind_what_a_slot_has_computed(gpu: GpuDecoder) -> None:
+    layout, before = gpu.kv_layout, gpu.export_slot(0, 7)
+    rng = np.random.default_rng(2)
+
+    def payload(num_bytes: int) -> memoryview:
+        return memoryview(rng.random(num_bytes // 4, np.float32)).cast("B")
+
+    first, second, other = (payload(layout.block_bytes) for _ in range(3))
+    tails = [payload(layout.tail_bytes(CONTEXT)) for _ in range(2)]
+    gpu.import_blocks(0, [first, second], tails[0], CONTEXT).wait()
+    gpu.import_blocks(0, [other], tails[1], CONTEXT, computed=layout.block_tokens + 6).wait()
+    found = [memoryview(bytearray(layout.block_bytes)) for _ in range(2)]
+    for index, block in enumerate(found):
+        gpu.export_block(0, index * layout.block_tokens, block).wait()
+    assert found == [first, other]
+    tail = memoryview(bytearray(layout.tail_bytes(CONTEXT)))
+    gpu.export_tail(0, CONTEXT, tail).wait()
+    assert tail == tails[1]
+    for blocks, computed in (([first], 0), ([first, second], 64), ([], CONTEXT + 1)):
+        with pytest.raises(InternalError):
+            gpu.import_blocks(0, blocks, tail, CONTEXT, computed=computed)
+    gpu.import_slot(0, before)
