@@ -9,6 +9,7 @@ from python_backends.errors import ConfigError
 from python_backends.kv.blocks import Tier
 from python_backends.kv.policies.a2cr import A2CR
 from python_backends.kv.policies.base import BlockStats, Policy, Visit
+from python_backends.kv.policies.guard import Guard
 from python_backends.kv.policies.leaves import LFU, LRU
 from python_backends.kv.policies.reuse import ReuseModel
 
@@ -36,8 +37,13 @@ def makers(decay_factor: float = DECAY_FACTOR) -> dict[str, Maker]:
     }
 
 
-def make_policies(name: str, tiers: Iterable[Tier], *, decay_factor: float = DECAY_FACTOR) -> PolicySet:
+def make_policies(
+    name: str, tiers: Iterable[Tier], *, decay_factor: float = DECAY_FACTOR, capacity_bytes: int | None = None
+) -> PolicySet:
     """One policy of that name for each tier.
+
+    ``capacity_bytes``, of all tiers together: what is learned is trusted only as long as it serves better than LRU
+    would in one tier of so many; None: always.
 
     Raises:
         ConfigError: no such policy.
@@ -45,7 +51,7 @@ def make_policies(name: str, tiers: Iterable[Tier], *, decay_factor: float = DEC
     known = makers(decay_factor)
     if name not in known:
         raise ConfigError(f"there is no cache policy {name!r}; choose one of {', '.join(known)}")
-    reuse = ReuseModel()
+    reuse = ReuseModel(None if capacity_bytes is None else Guard(capacity_bytes))
     return PolicySet({tier: known[name](reuse) for tier in tiers}, reuse)
 
 

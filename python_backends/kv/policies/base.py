@@ -26,6 +26,10 @@ class Visit:
     """How many visits in a row continued one another."""
     gap: float = 0.0
     """Seconds since the visit it continues; 0 where there is none."""
+    answer: int = 0
+    """Tokens of its answer, once that has ended."""
+    lru_bytes: int = 0
+    """What LRU would still hold of it (`guard`)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +44,8 @@ class BlockStats:
     """The newest that used it."""
     uses: int = 1
     """Visits that used it."""
+    pause: int = 0
+    """Class of the seconds between its two newest uses (`hazards.gap_class`); 0 where it was used once."""
     mass: float | None = None
     """Attention received, relative to the mean of its prompt's blocks (1.0 = as much as any other), averaged over the
     newest visits; None where it was never measured."""
