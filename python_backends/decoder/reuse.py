@@ -152,6 +152,8 @@ class Reuse:
         reused.kept = min(self._cache.held_blocks(reused.ids), length // self.block_tokens)
         self._keep_blocks(reused, slot, length)
         tail = self._keep_tail(reused, slot, length)
+        if reused.visit is not None:
+            reused.visit.answer = sequence.answered
         if sequence.request.session and tail is not None:
             self._cache.keep_session(sequence.request.session, tail, reused.prompt_tail)
 

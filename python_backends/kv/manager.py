@@ -153,11 +153,6 @@ class KvManager:
             if entry.held & book.bit:
                 book.policy.on_access(entry, now)
 
-    @staticmethod
-    def answered(visit: Visit, tokens: int) -> None:
-        """A request's answer has ended after so many tokens."""
-        visit.answer = tokens
-
     def observe(self, keys: Sequence[EntryKey], masses: Sequence[float]) -> None:
         """Attention that each entry received, relative to the mean of the prompt's blocks (1.0 is the mean)."""
         for key, mass in zip(keys, masses, strict=True):

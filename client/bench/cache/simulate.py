@@ -127,7 +127,7 @@ def serve(manager: KvManager, request: Request, *, several: bool) -> tuple[int, 
             manager.acquire((key,))
             held.append(key)
     manager.release(held)
-    manager.answered(visit, request.answer)
+    visit.answer = request.answer
     if several:
         carry_out(manager, manager.plan_moves(now, MOVES_AT_ONCE), now)
     loading = sum(BLOCK_BYTES / LOAD_BYTES_PER_S[tier] for tier in match.block_tiers)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from python_backends.errors import ConfigError
-from python_backends.kv.blocks import Tier
+from python_backends.kv.blocks import Tier, TierLimits
 from python_backends.kv.policies.a2cr import A2CR
 from python_backends.kv.policies.base import BlockStats, Policy, Visit
 from python_backends.kv.policies.guard import Guard
@@ -38,12 +38,12 @@ def makers(decay_factor: float = DECAY_FACTOR) -> dict[str, Maker]:
 
 
 def make_policies(
-    name: str, tiers: Iterable[Tier], *, decay_factor: float = DECAY_FACTOR, capacity_bytes: int | None = None
+    name: str, limits: Mapping[Tier, TierLimits], *, decay_factor: float = DECAY_FACTOR, guarded: bool = True
 ) -> PolicySet:
     """One policy of that name for each tier.
 
-    ``capacity_bytes``, of all tiers together: what is learned is trusted only as long as it serves better than LRU
-    would in one tier of so many; None: always.
+    ``guarded``: what is learned is trusted only as long as it serves better than LRU would in one tier that holds as
+    much as all of these up to their low watermarks (a single tier: as much as it holds).
 
     Raises:
         ConfigError: no such policy.
@@ -51,8 +51,10 @@ def make_policies(
     known = makers(decay_factor)
     if name not in known:
         raise ConfigError(f"there is no cache policy {name!r}; choose one of {', '.join(known)}")
-    reuse = ReuseModel(None if capacity_bytes is None else Guard(capacity_bytes))
-    return PolicySet({tier: known[name](reuse) for tier in tiers}, reuse)
+    shares = [1.0] if len(limits) == 1 else [limit.low for limit in limits.values()]
+    capacity = sum(share * limit.limit_bytes for share, limit in zip(shares, limits.values(), strict=True))
+    reuse = ReuseModel(Guard(int(capacity)) if guarded and name == A2CR.name else None)
+    return PolicySet({tier: known[name](reuse) for tier in limits}, reuse)
 
 
 __all__ = ["A2CR", "BlockStats", "Policy", "PolicySet", "ReuseModel", "Visit", "make_policies", "makers"]

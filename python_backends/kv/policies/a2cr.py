@@ -28,7 +28,7 @@ MIN_MASS, MAX_MASS = 1 / 16, 16.0
 """Where the evidence of attention ends."""
 RANKED_SHARE = 1 / 16
 """Of the leaves, how many are ranked as the next victims at once."""
-FEWEST_RANKED = 16
+FEWEST_RANKED = 4
 PLACE = (1 << 32) - 1
 """Bits of a leaf's number that are its place in the arrays; those above tell its stays there apart."""
 

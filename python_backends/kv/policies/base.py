@@ -27,7 +27,7 @@ class Visit:
     gap: float = 0.0
     """Seconds since the visit it continues; 0 where there is none."""
     answer: int = 0
-    """Tokens of its answer, once that has ended."""
+    """Tokens of its answer so far; whoever serves the request sets it."""
     lru_bytes: int = 0
     """What LRU would still hold of it (`guard`)."""
 

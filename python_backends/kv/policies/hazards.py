@@ -22,12 +22,16 @@ from numpy.typing import NDArray
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-EDGES: Float64 = 2.0 ** np.arange(16) - 1
+PER_OCTAVE = 1
+EDGES: Float64 = 2.0 ** (np.arange(15 * PER_OCTAVE + 1) / PER_OCTAVE) - 1
 """[BINS] where each age bin begins, seconds; the last has no end."""
 BINS = len(EDGES)
-_EDGE_LIST: list[float] = EDGES.tolist()
+EDGE_LIST: list[float] = EDGES.tolist()
 _WIDTHS: Float64 = np.append(np.diff(EDGES), np.inf)
-HORIZON_S = 2 * _EDGE_LIST[-1]
+HORIZON_S = 2 * EDGE_LIST[-1]
+WIDTH_LIST: list[float] = [*_WIDTHS[:-1].tolist(), HORIZON_S]
+"""Seconds; the last bin counts for so long."""
+_SPANS: Float64 = np.array(WIDTH_LIST)
 PRIOR: Float64 = 0.5 / (np.append((EDGES[:-1] + EDGES[1:]) / 2, EDGES[-1] * 1.5) + 8.0)
 STRENGTH = 1.0
 """Reuses that a class's own evidence must outweigh."""
@@ -52,7 +56,12 @@ FACTORS = (
 
 def age_bin(age: float) -> int:
     """Index into EDGES."""
-    return min(math.frexp(max(age, 0.0) + 1.0)[1] - 1, BINS - 1)
+    return min(int(PER_OCTAVE * math.log2(max(age, 0.0) + 1.0)), BINS - 1)
+
+
+def _bins(ages: Float64) -> Int64:
+    """`age_bin` of each."""
+    return np.minimum(PER_OCTAVE * np.log2(ages + 1.0), BINS - 1.0).astype(np.int64)
 
 
 def gap_class(seconds: float) -> int:
@@ -98,7 +107,7 @@ class Hazards:
         age = np.concatenate([ended[1], alive[1]])
         weight = np.concatenate([ended[2], alive[2]])
         known, row = np.unique(codes, return_inverse=True)
-        bins = np.minimum(np.frexp(age + 1.0)[1] - 1, BINS - 1)
+        bins = _bins(age)
         cell = row * BINS + bins
         shape, cells = (len(known), BINS), len(known) * BINS
         count = np.bincount(cell, weight, cells).reshape(shape)
@@ -139,14 +148,18 @@ def _smooth(values: Float64) -> Float64:
 
 def gittins(hazard: Float64) -> Float64:
     """[…, BINS] hazards per second, each constant in its bin → […, BINS] index at the beginning of each bin."""
-    widths = _WIDTHS.copy()
-    widths[-1] = HORIZON_S
-    risks = hazard * widths
+    risks = hazard * _SPANS
     total = np.concatenate([np.zeros((*hazard.shape[:-1], 1)), np.cumsum(risks, -1)], -1)
     # […, a, b]: alive at the beginning of bin b, given alive at that of bin a ≤ b.
     alive = np.exp(np.minimum(total[..., :-1, None] - total[..., None, :], 0.0))
     waiting = np.cumsum(np.triu(alive[..., :-1]) * (-np.expm1(-risks) / hazard)[..., None, :], axis=-1)
     found: Float64 = np.max(np.triu((1.0 - alive[..., 1:]) / np.maximum(waiting, 1e-9)), axis=-1)
+    return found
+
+
+def cumulative_risk(hazard: Float64) -> list[float]:
+    """[BINS] hazards per second → [BINS + 1] expected reuses up to the beginning of each bin and the horizon's end."""
+    found: list[float] = np.concatenate([[0.0], np.cumsum(hazard * _SPANS)]).tolist()
     return found
 
 
@@ -175,20 +188,17 @@ class Indices:
 
     def at(self, rows: Int64, ages: Float64) -> Float64:
         """[N] indices, interpolated between the beginnings of bins."""
-        fraction, exponent = np.frexp(ages + 1.0)
-        bins = np.minimum(exponent - 1, BINS - 1)
-        share = np.where(exponent > BINS, 1.0, 2.0 * fraction - 1.0)
+        bins = _bins(ages)
+        share = np.minimum((ages - EDGES[bins]) / _SPANS[bins], 1.0)
         low, high = self.table[rows, bins], self.table[rows, bins + 1]
         found: Float64 = low + share * (high - low)
         return found
 
     def at_one(self, row: int, age: float) -> float:
         """As `at`."""
-        fraction, exponent = math.frexp(age + 1.0)
-        if exponent > BINS:
-            return float(self.table[row, BINS])
-        low, high = self.table[row, exponent - 1 : exponent + 1].tolist()
-        return float(low + (2.0 * fraction - 1.0) * (high - low))
+        index = age_bin(age)
+        low, high = self.table[row, index : index + 2].tolist()
+        return float(low + min((age - EDGE_LIST[index]) / WIDTH_LIST[index], 1.0) * (high - low))
 
     def clear(self) -> None:
         """After a fit."""

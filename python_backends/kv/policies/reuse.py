@@ -15,6 +15,7 @@ remembered: otherwise the model would learn what the policy does instead of what
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
@@ -25,15 +26,15 @@ from python_backends.errors import InternalError
 from python_backends.kv.policies.base import BlockStats, Visit
 from python_backends.kv.policies.guard import Guard
 from python_backends.kv.policies.hazards import (
-    BINS,
-    EDGES,
+    EDGE_LIST,
+    WIDTH_LIST,
     Float64,
     Hazards,
     Indices,
     Int64,
     age_bin,
+    cumulative_risk,
     gap_class,
-    gittins,
     pack_entry,
     pack_visit,
 )
@@ -104,6 +105,8 @@ class ReuseModel:
         self._next_fit = FIRST_FIT
         self._hazards = Hazards()
         self.indices = Indices(self._hazards)
+        self._risks: dict[int, list[float]] = {}
+        """`cumulative_risk` by code, since the newest fit."""
         self.fits = 0
         """Changes when every index does."""
 
@@ -233,10 +236,12 @@ class ReuseModel:
 
     def probability(self, entry: BlockStats, now: float, within: float) -> float:
         """That it is used again in the next ``within`` seconds."""
+        code = self.code(entry)
+        risks = self._risks.get(code)
+        if risks is None:
+            risks = self._risks[code] = cumulative_risk(self._hazards.of([code])[0])
         age = now - entry.visit.time
-        begin = np.maximum(EDGES, age)
-        end = np.minimum(np.append(EDGES[1:], np.inf), age + within)
-        return float(-np.expm1(-np.sum(self.hazard(entry) * np.maximum(end - begin, 0.0))))
+        return -math.expm1(_between(risks, age) - _between(risks, age + within))
 
     # -- learning ------------------------------------------------------------------------------------------------------
     def fit(self, now: float) -> None:
@@ -254,11 +259,10 @@ class ReuseModel:
             self._alive(visit, now, codes, ages, weights)
         self._hazards.fit(ended, (np.array(codes, np.int64), np.array(ages), np.array(weights)))
         self.indices.clear()
+        self._risks.clear()
         self.fits += 1
 
-    def _alive(
-        self, visit: _Record, now: float, codes: array[int], ages: array[float], weights: array[float]
-    ) -> None:
+    def _alive(self, visit: _Record, now: float, codes: array[int], ages: array[float], weights: array[float]) -> None:
         """Add what is alive of a visit."""
         last, age = visit.last, now - visit.time
         own = None if last is None else pack_entry(BLOCK, min(last.uses, MOST_USES), last.pause)
@@ -281,10 +285,16 @@ class ReuseModel:
                 raise InternalError(f"visit at {visit.time} counts {alive} of {visit.blocks} + {visit.tails}")
 
 
+def _between(risks: list[float], age: float) -> float:
+    """Expected reuses up to ``age``, from those up to the beginning of each bin."""
+    index = age_bin(age)
+    return risks[index] + (age - EDGE_LIST[index]) * (risks[index + 1] - risks[index]) / WIDTH_LIST[index]
+
+
 def _record(visit: Visit) -> _Record:
     if not isinstance(visit, _Record):
         raise InternalError("visits are opened by the model")
     return visit
 
 
-__all__ = ["BINS", "EDGES", "FIRST_FIT", "Group", "ReuseModel", "age_bin", "gittins"]
+__all__ = ["FIRST_FIT", "Group", "ReuseModel"]
