@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from builders import repository
 from builders.checkpoint import Checkpoint, ModelConfig, open_checkpoint
@@ -21,11 +21,14 @@ from builders.side_files import write_image_processor, write_tokenizer
 from python_backends import contract, manifest
 from python_backends.config import Config
 from python_backends.errors import ArtifactError, BuildError
-from python_backends.manifest import ImageShape, Manifest, ModelShape
+from python_backends.manifest import ONNXRUNTIME, TENSORRT, TENSORRT_RTX, ImageShape, Manifest, ModelShape
 from python_backends.prompt import open_files
+from python_backends.runtime.gpu.engines import MODULES
 from python_backends.runtime.gpu.weights import GROUP
 
-ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt-rtx"
+if TYPE_CHECKING:
+    from builders.gpu_plans import PlanWriter
+
 RUNTIME = ONNXRUNTIME
 RUNTIMES: dict[str, tuple[PrecisionName, ...]] = {
     ONNXRUNTIME: ("fp32", "fp16", "int8", "int4"),
@@ -33,7 +36,7 @@ RUNTIMES: dict[str, tuple[PrecisionName, ...]] = {
     TENSORRT_RTX: ("fp32", "bf16", "fp16", "fp8", "int8", "int4"),
 }
 """What executes a build, and the precisions it takes."""
-_PACKAGES = ("wicore", "numpy", "onnx", "onnxruntime", "transformers")
+_PACKAGES = ("wicore", "numpy", "onnx", "onnxruntime", "transformers", "tensorrt-rtx-cu13", "tensorrt")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -85,12 +88,16 @@ class Options:
                 f"{self.runtime} has no precision {self.precision.name!r}; "
                 f"choose one of {', '.join(RUNTIMES[self.runtime])}"
             )
+        if self.compute_capabilities and not self.plans:
+            raise BuildError("--compute-capability is for plans alone; leave it or --no-plans out")
         if self.gpu:
             self._check_gpu()
-        elif self.plans or self.compute_capabilities:
+        elif self.plans:
             raise BuildError(f"{self.runtime} has no plans; they are for --runtime {TENSORRT} and {TENSORRT_RTX}")
 
     def _check_gpu(self) -> None:
+        if self.plans and self.precision.name == "fp32":
+            raise BuildError("plans have no precision 'fp32': TensorRT has no attention in it; build with --no-plans")
         block = {"int8": PER_CHANNEL, "int4": GROUP}.get(self.precision.name)
         if block is not None and (self.precision.block != block or not self.precision.symmetric):
             raise BuildError(
@@ -151,6 +158,7 @@ def build(
                 current = _build(opened, target, options, identity, reporter)
         except OSError as error:
             raise BuildError(_explain(error, target)) from error
+        repository.link_vision_plan(current)
         repository.sweep(target)
     sizes = (file.size for stage in current.stages.values() for file in stage.files)
     seconds = time.monotonic() - began
@@ -242,14 +250,33 @@ def _write_gpu(checkpoint: Checkpoint, target: Path, options: Options, build_id:
     from builders.gpu_weights import write_gpu_weights
     from builders.graph.vision import write_vision_encoder
 
+    plans = _open_plans(target, options)  # refused before the first weight is read
     vision_bytes = _vision_bytes(checkpoint)
     reporter.begin("weights", checkpoint.num_bytes - vision_bytes)
-    write_gpu_weights(checkpoint, options.precision, repository.stage_folder(target, contract.DECODER, build_id))
+    folder = repository.stage_folder(target, contract.DECODER, build_id)
+    write_gpu_weights(checkpoint, options.precision, folder)
+    if plans:
+        plans.decoder(checkpoint.config.text, folder, lambda name: reporter.begin(f"plan {name}"))
     if checkpoint.config.vision is not None:
+        folder = repository.stage_folder(target, contract.VISION_ENCODER, build_id)
+        if plans:
+            reporter.begin("plan vision", vision_bytes)
+            plans.vision(checkpoint, folder)
+            return
         reporter.begin("vision encoder", vision_bytes)
         # The tower without a plan runs on the CPU.
-        folder = repository.stage_folder(target, contract.VISION_ENCODER, build_id)
         write_vision_encoder(checkpoint, Precision.of("fp32" if options.precision.name == "fp32" else "int8"), folder)
+
+
+def _open_plans(target: Path, options: Options) -> PlanWriter | None:
+    if not options.plans:
+        return None
+    from builders.gpu_plans import PlanWriter
+    from builders.plan import PlanBuilder
+
+    timing = target / f".timing-{options.runtime}.cache"
+    builder = PlanBuilder(MODULES[options.runtime], options.compute_capabilities, timing)
+    return PlanWriter(builder, options.precision.name)
 
 
 def _vision_bytes(checkpoint: Checkpoint) -> int:

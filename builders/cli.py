@@ -72,16 +72,16 @@ def build(
         bool | None,
         typer.Option(
             "--plans/--no-plans",
-            help="GPUs: build TensorRT plans beside the weights. They build without a GPU; without plans WiCore's own "
-            "kernels do their work. [default: no plans]",
+            help="GPUs: build TensorRT plans beside the weights. Those of tensorrt-rtx build without a GPU; without "
+            "plans WiCore's own kernels do their work. [default: plans, except in fp32]",
             show_default=False,
         ),
     ] = None,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(
-            help="GPUs that the plans are for: 8.9 is L20 and RTX 4090, 9.0 H100 and H200. Give it several times for "
-            "several. [default: those that TensorRT-RTX covers by itself; with tensorrt the GPU present]",
+            help="GPUs that plans of tensorrt-rtx are for: 8.9 is L20 and RTX 4090. Give it several times for several. "
+            "[default: those that TensorRT-RTX covers by itself, H200 among them; with tensorrt the GPU present]",
             show_default=False,
         ),
     ] = None,
@@ -103,10 +103,11 @@ def build(
     wicore build ./gemma-3-4b-it --precision int4 --block-size 64 --repository /srv/models
     """
     try:
-        from builders.build import ONNXRUNTIME, Options, Silence
+        from builders.build import Options, Silence
         from builders.build import build as run
         from builders.hub import resolve
         from builders.quantize import PER_CHANNEL, Precision
+        from python_backends.manifest import ONNXRUNTIME
 
         precision = precision or default_precision(runtime, repository)
         if block_size is None and runtime != ONNXRUNTIME and precision is PrecisionChoice.INT8:
@@ -115,7 +116,7 @@ def build(
             Precision.of(precision.value, block_size, not asymmetric),
             runtime,
             max_context,
-            plans=bool(plans),
+            plans=runtime != ONNXRUNTIME and precision is not PrecisionChoice.FP32 if plans is None else plans,
             compute_capabilities=tuple(compute_capability or ()),
         )
         folder = resolve(checkpoint, revision)
@@ -139,8 +140,8 @@ def default_precision(runtime: str, repository: Path) -> PrecisionChoice:
     Raises:
         ConfigError: the configuration cannot be used.
     """
-    from builders.build import ONNXRUNTIME
     from python_backends import config
+    from python_backends.manifest import ONNXRUNTIME
 
     wanted = "auto" if runtime == ONNXRUNTIME else config.load(repository).trt_precision
     return PrecisionChoice.INT8 if wanted == "auto" else PrecisionChoice(wanted)

@@ -115,7 +115,7 @@ class _Writer:
         stored = storage(self._precision, kind)
         rows, columns = weight.shape
         if stored in {"fp32", "bf16", "fp16"}:
-            pieces = map_chunks(weight, lambda values: _narrow(name, values, stored))
+            pieces = map_chunks(weight, lambda values: narrow(name, values, stored))
             self._stream(name, stored, (rows, columns), pieces)
             return
         scales: list[NDArray[Any]] = []
@@ -196,7 +196,12 @@ def inverse_frequency(text: TextConfig, kind: str) -> Float32:
 # --- rows in other element types ----------------------------------------------------------------------------------
 
 
-def _narrow(name: str, values: Float32, dtype: str) -> NDArray[Any]:
+def narrow(name: str, values: Float32, dtype: str) -> NDArray[Any]:
+    """Values as fp32, bf16 or fp16.
+
+    Raises:
+        BuildError: one is beyond fp16's range.
+    """
     if dtype == "fp16" and np.abs(values).max(initial=0) > float(np.finfo(np.float16).max):
         raise BuildError(f"{name} holds values beyond float16's range; build with --precision bf16, fp8, int8 or int4")
     return values.astype(DTYPES[dtype])

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from python_backends import contract
 from python_backends.errors import ArtifactError, BuildError
-from python_backends.manifest import MANIFEST_NAME, File, Manifest, Stage, edges_sha256, file_sha256, read
+from python_backends.manifest import MANIFEST_NAME, TENSORRT, File, Manifest, Stage, edges_sha256, file_sha256, read
+from python_backends.runtime.gpu.plans import VISION
 
 LOCK_NAME = ".lock"
+TRITON_PLAN = "model.plan"
 CHECKOUT = Path(__file__).resolve().parents[1] / "model_repository"
 INSTALLED = Path(sysconfig.get_path("data")) / "share" / "wicore" / "model_repository"
 TRACKED = CHECKOUT if CHECKOUT.is_dir() else INSTALLED
@@ -86,6 +88,23 @@ def add_literal_files(repository: Path) -> list[str]:
             elif not filecmp.cmp(path, target, shallow=False):
                 differing.append(target.relative_to(repository).as_posix())
     return differing
+
+
+def link_vision_plan(manifest: Manifest) -> None:
+    """Lay ``vision_encoder/1/model.plan``, where Triton's TensorRT backend looks, at the build's plan, or take it away.
+
+    Plans of TensorRT-RTX are none that this backend reads.
+    """
+    link = manifest.repository / contract.VISION_ENCODER / _VERSION / TRITON_PLAN
+    stage = manifest.stages.get(contract.VISION_ENCODER)
+    name = f"{VISION}.plan"
+    if manifest.runtime != TENSORRT or stage is None or name not in {file.name for file in stage.files}:
+        link.unlink(missing_ok=True)
+        return
+    draft = link.with_name(f"{TRITON_PLAN}.{manifest.build_id}")
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(Path(Path(stage.folder).name) / name)
+    draft.replace(link)
 
 
 def new_build_id(identity: str) -> str:

@@ -68,7 +68,7 @@ class WeightFile:
         for chunk in chunks:
             if chunk.dtype != wanted:
                 raise BuildError(f"{name}: got {chunk.dtype} for a tensor of {wanted}")
-            self._file.write(np.ascontiguousarray(chunk).data)
+            self._file.write(np.ascontiguousarray(chunk).view(np.uint8).data)  # bfloat16 has no buffer of its own
             if self._progress is not None:
                 self._progress(chunk.nbytes)
         written = self._file.tell() - offset

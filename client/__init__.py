@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from client.answer import Answer, Piece, PromptLogprobs, TokenLogprob, ToolCall, Usage
-    from client.client import AsyncClient, Client
+    from client.async_client import AsyncClient
+    from client.client import Client
     from client.request import ImageLike, Messages, Options
     from client.sessions import SessionState
     from python_backends.errors import WiCoreError
@@ -27,7 +28,14 @@ __all__ = [
     "Usage",
     "WiCoreError",
 ]
-_MODULES = ("client.answer", "client.client", "client.request", "client.sessions", "python_backends.errors")
+_MODULES = (
+    "client.answer",
+    "client.client",
+    "client.async_client",
+    "client.request",
+    "client.sessions",
+    "python_backends.errors",
+)
 
 
 def __getattr__(name: str) -> object:

@@ -227,6 +227,12 @@ class Progress:
             raise self._error
 
 
+_SELDOM = ("usage", "prompt_token_logprobs", "top_logprobs", "tool_calls", "error_code", "finish_reason")
+"""Outputs that are empty but for few pieces."""
+_EMPTY_BYTES = 4
+"""Of a string output on the wire."""
+
+
 def read_piece(response: service_pb2.ModelStreamInferResponse) -> Piece | None:
     """A response as a piece; None for Triton's empty final response.
 
@@ -240,18 +246,18 @@ def read_piece(response: service_pb2.ModelStreamInferResponse) -> Piece | None:
         return None
     # Straight from the wire: the client library's own way to NumPy takes longer than all the rest of a piece.
     raw = {output.name: data for output, data in zip(found.outputs, found.raw_output_contents, strict=True)}
-    usage = _word(raw["usage"])
-    prompt = _word(raw["prompt_token_logprobs"])
-    tops = _word(raw["top_logprobs"])
-    calls = _word(raw["tool_calls"])
-    error = _word(raw["error_code"])
-    reason = _word(raw["finish_reason"])
+    text, index = _word(raw["text_output"]), int.from_bytes(raw["index"], "little")
+    token_ids = tuple(memoryview(raw["token_ids"]).cast("i"))
+    logprobs = tuple(memoryview(raw["token_logprobs"]).cast("f"))
+    if not any(len(raw[name]) > _EMPTY_BYTES for name in _SELDOM):  # as nearly every piece
+        return Piece(text, token_ids, logprobs, index=index)
+    usage, prompt, tops, calls, error, reason = (_word(raw[name]) for name in _SELDOM)
     return Piece(
-        text=_word(raw["text_output"]),
-        token_ids=tuple(memoryview(raw["token_ids"]).cast("i")),
-        logprobs=tuple(memoryview(raw["token_logprobs"]).cast("f")),
+        text=text,
+        token_ids=token_ids,
+        logprobs=logprobs,
         top_logprobs=_tops(json.loads(tops)) if tops else (),
-        index=int.from_bytes(raw["index"], "little"),
+        index=index,
         finish_reason=reason,
         tool_calls=_tool_calls(calls) if calls else (),
         prompt_logprobs=_prompt_logprobs(prompt) if prompt else None,

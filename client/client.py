@@ -1,4 +1,4 @@
-"""Asking a WiCore server over gRPC: `Client` blocks, `AsyncClient` is for asyncio; otherwise they are the same.
+"""Asking a WiCore server over gRPC: `Client` blocks, `async_client.AsyncClient` is for asyncio, otherwise the same.
 
 One connection carries any number of requests at once, each a stream of its own. A caller that goes away before its
 answer is complete (a closed generator, a cancelled task, Ctrl-C) stops the request: Triton does not tell the stages of
@@ -7,14 +7,11 @@ an ensemble that a stream was cancelled, so the client tells the decoder.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-import operator
-import secrets
 import time
 import weakref
-from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import aclosing, closing
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -23,48 +20,25 @@ import grpc.experimental
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from client.answer import Answer, AnswersBuilder, Piece, Progress, from_rpc, read_piece
+from client.calls import (
+    CHANNEL_OPTIONS,
+    SESSION_TIMEOUT_S,
+    STOP_TIMEOUT_S,
+    STOPPED,
+    TIMEOUT_S,
+    count_of,
+    new_request_id,
+    refuse_several,
+    truncated,
+)
 from client.connection import DEFAULT_ADDRESS
 from client.request import ImageLike, Messages, Options, generate_request, stop_request
 from client.sessions import SessionAction, SessionState, session_request, session_state
 from python_backends import contract
-from python_backends.errors import InvalidParameterError, ServerUnavailableError, WiCoreError
+from python_backends.errors import ServerUnavailableError, WiCoreError
 
-TIMEOUT_S = 600.0
-STOP_TIMEOUT_S = 2.0
-"""How long a stop may take."""
-SESSION_TIMEOUT_S = 90.0
-"""How long copying a session may take."""
-STOPPED = "stop"
-CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),  # two minutes otherwise, long after a server is back
-)
 # A call that is read in the thread that makes it: at its exit the interpreter starts no threads (3.12).
 _SYNC_OPTIONS = (*CHANNEL_OPTIONS, (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1))
-
-
-def new_request_id() -> str:
-    """A name for a request that no other has."""
-    return secrets.token_hex(12)
-
-
-def _count(options: Options) -> int:
-    """How many answers were asked for; what is no number is refused when the request is made."""
-    try:
-        return operator.index(options.get("n", 1))
-    except TypeError:
-        return 1
-
-
-def _refuse_several(options: Options) -> None:
-    if _count(options) > 1:
-        raise InvalidParameterError(f"n is {_count(options)} and generate gives one answer; use generate_n, or stream")
-
-
-def _truncated() -> ServerUnavailableError:
-    return ServerUnavailableError("the server ended the stream before the answer was complete; see its log")
 
 
 class Client:
@@ -126,7 +100,7 @@ class Client:
         Raises:
             WiCoreError: as the class says; also where the answer ended early.
         """
-        _refuse_several(options)
+        refuse_several(options)
         (answer,) = self.generate_n(
             prompt, messages=messages, images=images, timeout_s=timeout_s, request_id=request_id, **options
         )
@@ -177,7 +151,7 @@ class Client:
         request = generate_request(prompt, messages, images, request_id, options)
         call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s or self.timeout_s)
         self._open[request_id] = call
-        progress, over = Progress(_count(options)), False
+        progress, over = Progress(count_of(options)), False
         try:
             for response in call:
                 piece = read_piece(response)
@@ -187,7 +161,7 @@ class Client:
                 yield piece
                 progress.check()
             if not progress.complete:
-                raise _truncated()
+                raise truncated()
         except grpc.RpcError as error:
             failure = from_rpc(error, self.address)
             over = isinstance(failure, ServerUnavailableError)
@@ -250,155 +224,3 @@ _CLIENTS: weakref.WeakSet[Client] = weakref.WeakSet()
 def _close_clients() -> None:
     for client in list(_CLIENTS):
         client.close()
-
-
-class AsyncClient:
-    """`Client` for asyncio. Make it and use it within one event loop."""
-
-    def __init__(self, address: str = DEFAULT_ADDRESS, timeout_s: float | None = TIMEOUT_S) -> None:
-        self.address = address
-        self.timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._stops: set[asyncio.Task[None]] = set()
-        self._open: dict[str, Any] = {}
-        """Calls whose answer is not complete, by request id."""
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """See `Client.close`; only a loop that is closed without it leaves requests to their deadline."""
-        for request_id in list(self._open):
-            self._leave(request_id)
-        if self._stops:
-            await asyncio.wait(self._stops)
-        await self._channel.close()
-
-    async def ready(self, timeout_s: float = 5.0) -> bool:
-        """See `Client.ready`."""
-        request = service_pb2.ModelReadyRequest(name=contract.ENSEMBLE)
-        try:
-            return bool((await self._stub.ModelReady(request, timeout=timeout_s)).ready)
-        except grpc.RpcError:
-            return False
-
-    async def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Messages | None = None,
-        images: Sequence[ImageLike] = (),
-        timeout_s: float | None = None,
-        request_id: str | None = None,
-        **options: Unpack[Options],
-    ) -> Answer:
-        """See `Client.generate`."""
-        _refuse_several(options)
-        (answer,) = await self.generate_n(
-            prompt, messages=messages, images=images, timeout_s=timeout_s, request_id=request_id, **options
-        )
-        return answer
-
-    async def generate_n(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Messages | None = None,
-        images: Sequence[ImageLike] = (),
-        timeout_s: float | None = None,
-        request_id: str | None = None,
-        **options: Unpack[Options],
-    ) -> tuple[Answer, ...]:
-        """See `Client.generate_n`."""
-        request_id = request_id or new_request_id()
-        builder = AnswersBuilder(request_id)
-        begin = time.perf_counter()
-        pieces = self.stream(
-            prompt, messages=messages, images=images, timeout_s=timeout_s, request_id=request_id, **options
-        )
-        async with aclosing(pieces):
-            async for piece in pieces:
-                builder.add(piece, time.perf_counter() - begin)
-        return builder.finish()
-
-    async def stream(
-        self,
-        prompt: str | None = None,
-        *,
-        messages: Messages | None = None,
-        images: Sequence[ImageLike] = (),
-        timeout_s: float | None = None,
-        request_id: str | None = None,
-        **options: Unpack[Options],
-    ) -> AsyncGenerator[Piece, None]:
-        """See `Client.stream`. Cancelling the task stops the request; so does closing the iterator (`aclosing`)."""
-        request_id = request_id or new_request_id()
-        if images:  # files are read and pictures are encoded
-            request = await asyncio.to_thread(generate_request, prompt, messages, images, request_id, options)
-        else:
-            request = generate_request(prompt, messages, images, request_id, options)
-        call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s or self.timeout_s)
-        self._open[request_id] = call
-        progress, over = Progress(_count(options)), False
-        try:
-            async for response in call:
-                piece = read_piece(response)
-                if piece is None:
-                    continue
-                progress.add(piece)
-                yield piece
-                progress.check()
-            if not progress.complete:
-                raise _truncated()
-        except grpc.RpcError as error:
-            failure = from_rpc(error, self.address)
-            over = isinstance(failure, ServerUnavailableError)
-            raise failure from error
-        except WiCoreError:
-            over = True  # the server has ended it
-            raise
-        finally:
-            if over or progress.complete:
-                self._open.pop(request_id, None)
-            else:
-                self._leave(request_id)
-
-    async def stop(self, request_id: str) -> bool:
-        """See `Client.stop`."""
-        try:
-            call = self._stub.ModelStreamInfer(iter([stop_request(request_id)]), timeout=STOP_TIMEOUT_S)
-            pieces = [read_piece(response) async for response in call]
-        except grpc.RpcError as error:
-            raise from_rpc(error, self.address) from error
-        return any(piece is not None and piece.finish_reason == STOPPED for piece in pieces)
-
-    async def session(self, name: str, action: SessionAction = "show", *, cache_salt: str = "") -> SessionState:
-        """See `Client.session`."""
-        request = session_request(name, action, cache_salt, new_request_id())
-        try:
-            call = self._stub.ModelStreamInfer(iter([request]), timeout=SESSION_TIMEOUT_S)
-            return session_state([read_piece(response) async for response in call])
-        except grpc.RpcError as error:
-            raise from_rpc(error, self.address) from error
-
-    def _leave(self, request_id: str) -> None:
-        """Stop a request, unless somebody did, from a task of its own: the caller's may be cancelled."""
-        call = self._open.pop(request_id, None)
-        if call is not None:
-            task = asyncio.get_running_loop().create_task(self._deliver_stop(request_id, call))
-            self._stops.add(task)
-            task.add_done_callback(self._stops.discard)
-
-    async def _deliver_stop(self, request_id: str, call: Any) -> None:
-        try:
-            await self.stop(request_id)
-        except (WiCoreError, grpc.aio.UsageError):
-            pass  # a server that has gone, or a closed connection, has no request to stop
-        finally:
-            call.cancel()

@@ -17,7 +17,7 @@ from PIL import Image
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
-from python_backends import contract
+from python_backends import contract, tracing
 from python_backends.errors import (
     EmptyPromptError,
     InvalidImageError,
@@ -74,6 +74,8 @@ class Options(TypedDict, total=False):
     """Name under which the KV cache finds what this request leaves, to be pinned, prefetched or erased."""
     cache_salt: str
     """Requests share what the KV cache holds with those of the same salt only."""
+    traceparent: str
+    """The trace (W3C Trace Context) that the server's spans are to join, where it keeps traces."""
 
 
 _JSON = ("messages", "tools", "tool_choice", "response_format", "logit_bias")
@@ -111,7 +113,11 @@ def generate_request(
     if options.get("logit_bias") is not None:
         values["logit_bias"] = _biases(options["logit_bias"])
     values |= {name: _json(name, values[name]) for name in _JSON if values.get(name) is not None}
-    return infer_request(contract.MODELS[contract.ENSEMBLE], values, request_id)
+    traceparent = values.pop(tracing.PARAMETER, None)
+    request = infer_request(contract.MODELS[contract.ENSEMBLE], values, request_id)
+    if traceparent:
+        request.parameters[tracing.PARAMETER].string_param = traceparent
+    return request
 
 
 def stop_request(request_id: str) -> service_pb2.ModelInferRequest:

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import psutil
 
-from builders.build import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
 from builders.checkpoint import Checkpoint, open_checkpoint
 from builders.quantize import PER_CHANNEL
 from client.gateway.gpu import GpuMeter
 from python_backends.config import Config
 from python_backends.errors import ConfigError
+from python_backends.manifest import ONNXRUNTIME, TENSORRT, TENSORRT_RTX
+from python_backends.runtime.memory import window_rows
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 BYTES_PER_WEIGHT: dict[Precision, float] = {"bf16": 2.0, "int8": 1.13, "int4": 0.63}
@@ -25,6 +26,8 @@ WEIGHTS_SHARE = 0.6
 """Of the memory that is free, what weights may take; the rest is for KV, steps and the other processes."""
 KV_SHARE = 0.7
 """Of what weights leave, what KV may take."""
+KV_ROUNDING = 1.02
+"""The configuration's number is rounded, and must not be too small for one slot."""
 SHORTEST_CONTEXT = 8192
 """Rather fewer sequences than shorter ones than this."""
 
@@ -41,6 +44,7 @@ class Plan:
     max_batch_size: int
     max_context_length: int
     kv_gb: float
+    """Of slots, and on the CPU of kept KV beside them."""
 
     def __str__(self) -> str:
         return (
@@ -82,7 +86,10 @@ def choose(folder: Path, settings: Config) -> Plan:
             f"{needed / 1e9:.2g} GB, more than {WEIGHTS_SHARE:.0%} of the {free / 1e9:.2g} GB that are "
             "free; take a smaller model or a larger machine"
         )
-    slots, context, kv = _slots(checkpoint, settings, (free - needed) * KV_SHARE)
+    # What kept KV takes of the host's memory is not the slots'.
+    kept = settings.kv_cache_share if settings.enable_hmt and runtime == ONNXRUNTIME else 0.0
+    slots, context, kv = _slots(checkpoint, settings, (free - needed) * KV_SHARE * (1 - kept))
+    kv /= 1 - kept
     block = PER_CHANNEL if runtime != ONNXRUNTIME and precision == "int8" else None
     return Plan(runtime, precision, block, needed / 1e9, free / 1e9, slots, context, kv / 1e9)
 
@@ -115,12 +122,13 @@ def _slots(checkpoint: Checkpoint, settings: Config, room: float) -> tuple[int, 
     layers = [kind == "global" for kind in text.layer_types]
 
     def kv_bytes(tokens: int) -> int:
-        """Of one sequence in the slots' 2 bytes a number; local layers hold their window."""
+        """Of one sequence in the slots' 2 bytes a number; local layers hold their window and some slack."""
         a_token = 2 * text.num_kv_heads * text.head_dim * 2
-        return a_token * sum(tokens if is_global else min(tokens, text.sliding_window) for is_global in layers)
+        window = window_rows(text.sliding_window)
+        return a_token * sum(tokens if is_global else window for is_global in layers)
 
     while slots * kv_bytes(context) > room and context > SHORTEST_CONTEXT:
         context //= 2
     while slots * kv_bytes(context) > room and slots > 1:
         slots -= 1
-    return slots, context, min(room, float(slots * kv_bytes(context)) * 1.1)
+    return slots, context, min(room, slots * kv_bytes(context) * KV_ROUNDING)

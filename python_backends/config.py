@@ -39,6 +39,7 @@ MAY_BE_ZERO = frozenset(
         "max_requests_per_minute",
         "nvme_memory_gb",
         "nvme_daily_writes_gb",
+        "nvme_free_floor_gb",
         "kv_salt_quota_gb",
         "prefetch_size",
         "drain_s",
@@ -46,10 +47,11 @@ MAY_BE_ZERO = frozenset(
 )
 CHOICES = {
     "cpu_kernels": ("auto", "onnxruntime"),
+    "log_format": ("text", "json"),
     "trt_precision": ("auto", "fp32", "bf16", "fp16", "fp8", "int8", "int4"),
 }
 
-SHARES = frozenset(("kv_cache_share", "hmt_decay_factor", "hmt_gpu_threshold", "hmt_cpu_threshold"))
+SHARES = frozenset(("kv_cache_share", "hmt_decay_factor", "hmt_gpu_threshold", "hmt_cpu_threshold", "trace_share"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +131,13 @@ class Config:
     """How long the gateway keeps a connection without requests."""
     drain_s: int = 30
     """How long answers in flight may go on after a stop."""
+    log_format: str = "text"
+    """Of the logs of the gateway, Triton, its stages and `wicore serve`: "text", or "json" for one object a line."""
+    otlp_endpoint: str = ""
+    """Where traces go: base URL of an OpenTelemetry collector's OTLP/HTTP receiver (http://127.0.0.1:4318); none:
+    nowhere."""
+    trace_share: float = 1.0
+    """Of requests whose client has not decided it (``traceparent``), how many are traced."""
 
     enable_hmt: bool = True
     """Keep KV beyond the requests that computed it, in tiers: device, host and, with ``nvme_path``, disk."""
@@ -154,6 +163,8 @@ class Config:
     """What the tier on disk may take (GB), 0: no such tier; clipped to what the disk has."""
     nvme_daily_writes_gb: float = 0.0
     """What may be written to it in a day (GB), to spare the disk; 0: any number."""
+    nvme_free_floor_gb: float = 1.0
+    """Free room on that disk that is left to others (GB)."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -174,9 +185,15 @@ class Config:
             if not low <= value < math.inf:  # also true for NaN
                 raise ConfigError(f"{field.name} is {value}; it must be at least {low}")
 
+    def changed(self) -> dict[str, Any]:
+        """What is not as by default; `from_values` makes the same of it, and keys that nobody set contradict none."""
+        defaults = Config()
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: value for key, value in values.items() if value != getattr(defaults, key)}
+
     def to_json(self) -> str:
-        """Every key, for another process; `load` reads it from ``WICORE_CONFIG``."""
-        return json.dumps(dataclasses.asdict(self))
+        """What is not as by default, for another process; `load` reads it from ``WICORE_CONFIG``."""
+        return json.dumps(self.changed())
 
 
 def load(folder: Path, environment: Mapping[str, str] = os.environ) -> Config:

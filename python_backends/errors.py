@@ -141,6 +141,7 @@ class SessionNotFoundError(InvalidRequestError):
     """A session of that name and salt that the KV cache knows nothing of, or nothing any more."""
 
     code = "session_not_found"
+    http_status = 404
 
 
 class OverloadedError(WiCoreError):

@@ -10,6 +10,7 @@ from typing import Any
 from python_backends import config, contract, triton_io
 from python_backends.errors import OverloadedError
 from python_backends.pixels import open_processor
+from python_backends.tracing import Tracing
 
 MODEL = contract.MODELS[contract.IMAGE_PROCESSOR]
 MAX_REQUESTS = 64
@@ -25,9 +26,10 @@ class TritonPythonModel:
         Raises:
             ArtifactError, ConfigError: with what to do; Triton shows it as the reason the model did not load.
         """
-        triton_io.start_logging(contract.IMAGE_PROCESSOR)
-        self._processor = open_processor(triton_io.repository(args))
         settings = config.load(triton_io.repository(args))
+        triton_io.start_logging(contract.IMAGE_PROCESSOR, settings)
+        self._tracing = Tracing(contract.IMAGE_PROCESSOR, settings)
+        self._processor = open_processor(triton_io.repository(args))
         self._room = threading.BoundedSemaphore(settings.max_queue + settings.max_batch_size)
         self._requests = ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="wicore-request")
 
@@ -43,6 +45,7 @@ class TritonPythonModel:
         """End the threads."""
         self._requests.shutdown(wait=False, cancel_futures=True)
         self._processor.close()
+        self._tracing.close()
 
     def _queue(self, request: Any) -> None:
         """As many as the decoder lets wait; one more would only wait here for being refused there."""
@@ -53,7 +56,10 @@ class TritonPythonModel:
             triton_io.send_answer(request, MODEL, _refuse)
 
     def _answer(self, request: Any) -> dict[str, triton_io.Value]:
-        return {contract.PIXELS.name: self._processor(triton_io.text(request, contract.IMAGE_BYTES.name))}
+        images = triton_io.text(request, contract.IMAGE_BYTES.name)
+        parent = triton_io.traceparent(request) if images else ""  # nothing to tell of a prompt without any
+        with self._tracing.span(contract.IMAGE_PROCESSOR, parent, wicore__images=len(images)):
+            return {contract.PIXELS.name: self._processor(images)}
 
 
 def _refuse(_: Any) -> dict[str, triton_io.Value]:

@@ -20,6 +20,8 @@ from typing import Any
 
 from python_backends.errors import ArtifactError
 
+ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt-rtx"
+"""What `Manifest.runtime` may be; the latter two are for GPUs."""
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 """Raised whenever artefacts or manifest change so that an older server could misread them."""
@@ -185,7 +187,7 @@ def read(repository: Path) -> Manifest:
     if found != FORMAT:
         raise ArtifactError(f"{path} has format {found!r}, this WiCore reads {FORMAT}; {_rebuild(repository)}")
     try:
-        manifest = _decode(Manifest, values)
+        manifest = decode(Manifest, values)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path} is corrupt ({error}); {_rebuild(repository)}") from error
     for stage in manifest.stages.values():
@@ -200,21 +202,21 @@ def _rebuild(repository: Path) -> str:
     return f"run `wicore build CHECKPOINT --repository {repository}`"
 
 
-def _decode(kind: Any, value: Any) -> Any:
+def decode(kind: Any, value: Any) -> Any:
     """``value`` from JSON as the annotated type; refuses what does not fit."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
         stored = [entry.name for entry in dataclasses.fields(kind) if entry.metadata.get("stored", True)]
         if not isinstance(value, Mapping):
             raise TypeError(f"{kind.__name__} is {value!r}")
-        return kind(**{name: _decode(hints[name], value[name]) for name in stored})
+        return kind(**{name: decode(hints[name], value[name]) for name in stored})
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
-        return tuple(_decode(arguments[0], item) for item in _expect(list, value))
+        return tuple(decode(arguments[0], item) for item in _expect(list, value))
     if origin is dict:
-        return {_expect(str, key): _decode(arguments[1], item) for key, item in _expect(dict, value).items()}
+        return {_expect(str, key): decode(arguments[1], item) for key, item in _expect(dict, value).items()}
     if origin is types.UnionType:
-        return None if value is None else _decode(arguments[0], value)
+        return None if value is None else decode(arguments[0], value)
     return _expect(kind, value)
 
 

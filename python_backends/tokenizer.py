@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from python_backends import contract, triton_io
+from python_backends import config, contract, triton_io
 from python_backends.prompt import open_tokenizer
+from python_backends.tracing import Tracing
 
 MODEL = contract.MODELS[contract.TOKENIZER]
 INPUTS = ("text_input", "messages", "image", "tools", "tool_choice")
@@ -26,7 +27,9 @@ class TritonPythonModel:
         Raises:
             ArtifactError, ConfigError: with what to do; Triton shows it as the reason the model did not load.
         """
-        triton_io.start_logging(contract.TOKENIZER)
+        settings = config.load(triton_io.repository(args))
+        triton_io.start_logging(contract.TOKENIZER, settings)
+        self._tracing = Tracing(contract.TOKENIZER, settings)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's own threads; each request has one of ours
         self._tokenizer = open_tokenizer(triton_io.repository(args))
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="wicore-tokenize")
@@ -39,9 +42,12 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """End the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._tracing.close()
 
     def _answer(self, request: Any) -> dict[str, triton_io.Value]:
-        prompt = self._tokenizer(*(triton_io.text(request, name) for name in INPUTS))
+        with self._tracing.span(contract.TOKENIZER, triton_io.traceparent(request)) as span:
+            prompt = self._tokenizer(*(triton_io.text(request, name) for name in INPUTS))
+            span.set(gen_ai__usage__input_tokens=len(prompt.input_ids), wicore__images=len(prompt.image_starts))
         return {
             contract.INPUT_IDS.name: prompt.input_ids,
             contract.IMAGE_STARTS.name: prompt.image_starts,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from python_backends import logs, tracing
+from python_backends.config import Config
 from python_backends.contract import Model, Tensor, TritonType
 from python_backends.errors import InternalError, InvalidParameterError, WiCoreError
 
@@ -35,13 +36,27 @@ NUMPY: dict[TritonType, Any] = {
 
 Value = NDArray[Any] | Sequence[bytes]
 
-TRITON_PARAMETERS = ("triton_", "sequence_", "binary_data", "priority", "timeout", "classification", "headers")
-"""Beginnings of the request parameters that Triton and its clients use themselves."""
+TRITON_PARAMETERS = (
+    "triton_",
+    "sequence_",
+    "binary_data",
+    "priority",
+    "timeout",
+    "classification",
+    "headers",
+    tracing.PARAMETER,
+)
+"""Beginnings of the request parameters that Triton and its clients use themselves, and that of traces."""
 
 
-def start_logging(stage: str) -> None:
+def start_logging(stage: str, settings: Config) -> None:
     """Send the stage's log to the server's standard error, where Triton's own lines go."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=f"%(asctime)s {stage}: %(message)s", force=True)
+    logs.start(stage, settings.log_format)
+
+
+def traceparent(request: Any) -> str:
+    """The request's trace (`tracing`); empty where it has none."""
+    return str(json.loads(request.parameters() or "{}").get(tracing.PARAMETER, ""))
 
 
 def repository(args: Mapping[str, str]) -> Path:

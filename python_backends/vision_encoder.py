@@ -10,7 +10,9 @@ import numpy as np
 
 from python_backends import config, contract, manifest, triton_io
 from python_backends.errors import ImagesNotSupportedError, InvalidImageError
+from python_backends.manifest import ONNXRUNTIME
 from python_backends.runtime.base import Float32, UInt8, VisionRuntime
+from python_backends.tracing import Tracing
 
 MODEL = contract.MODELS[contract.VISION_ENCODER]
 
@@ -42,6 +44,12 @@ def open_runtime(repository: Path) -> VisionRuntime | None:
     built = manifest.load(repository, [contract.VISION_ENCODER])
     if built.model.image is None:
         return None
+    if built.runtime != ONNXRUNTIME:
+        from python_backends.runtime.gpu.open import open_vision
+
+        on_gpu = open_vision(built)
+        if on_gpu is not None:
+            return on_gpu
     from python_backends.runtime.onnxruntime import OnnxRuntimeVision
 
     folder = built.folder(contract.VISION_ENCODER)
@@ -62,19 +70,31 @@ class TritonPythonModel:
         Raises:
             ArtifactError, ConfigError: with what to do; Triton shows it as the reason the model did not load.
         """
-        triton_io.start_logging(contract.VISION_ENCODER)
+        settings = config.load(triton_io.repository(args))
+        triton_io.start_logging(contract.VISION_ENCODER, settings)
+        self._tracing = Tracing(contract.VISION_ENCODER, settings)
         self._runtime = open_runtime(triton_io.repository(args))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Encode all images of Triton's batch, whose pixels have one shape, and answer each request with its own."""
+        spans = [
+            self._tracing.begin(contract.VISION_ENCODER, triton_io.traceparent(request), wicore__batch=len(requests))
+            for request in requests
+        ]
         try:
             batches = [triton_io.rows(request, contract.VISION_PIXELS.name) for request in requests]
             found = encode_together(self._runtime, batches)
             return [triton_io.respond_rows({contract.IMAGE_FEATURES.name: rows}, MODEL) for rows in found]
         except Exception as error:
+            for span in spans:
+                span.fail(error)
             return [triton_io.refuse(error) for _ in requests]
+        finally:
+            for span in spans:
+                span.end()
 
     def finalize(self) -> None:
         """Free the runtime."""
         if self._runtime:
             self._runtime.close()
+        self._tracing.close()

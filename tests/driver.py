@@ -134,6 +134,7 @@ class Driver:
         fills = [filler(b - a, b, self.runtime.max_draft) for a, b in ranges]
         filled = [[*chunk, *[0] * fill] for chunk, fill in zip(chunks, fills, strict=True)]
         inputs = step_inputs(0, filled, self.done)
+        inputs.logit_positions = inputs.logit_positions[:, : max(1, *map(len, chunks))]
         features, index = [], np.full(inputs.input_ids.shape, -1, np.int32)
         group = index.copy()
         taken = 0

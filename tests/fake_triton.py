@@ -65,6 +65,10 @@ class Request:
         assert name in self._known, f"{name} is not an input of the model"
         return self._tensors.get(name)
 
+    def parameters(self) -> str:
+        """As JSON; empty for none, as Triton gives it."""
+        return ""
+
     def get_response_sender(self) -> Request:
         return self
 

@@ -124,18 +124,21 @@ class ContribAttention:
         return value if self._cache_dtype == TensorProto.FLOAT else self._graph.cast(value, self._cache_dtype)
 
     def _block_attention(self, query: Value, present_key: Value) -> None:
-        """The output [B, blocks]: what the row's last query gives each block, summed over keys, averaged over heads.
+        """The output [B, blocks]: what the query of the row's last wanted position gives each block, summed over keys,
+        averaged over heads.
 
-        That query sees every key before it, also where it ends an image.
+        That query sees every key before it, also where it ends an image. Fillers stand behind it (`batch.filler`).
         """
         graph, config = self._graph, self._config
         one, zero = graph.constant(1, np.int32), graph.constant(0, np.int32)
         block = graph.input("attention_block", TensorProto.INT64, [1])
 
         def masses(branch: GraphWriter) -> list[Value]:
-            total = branch.op("Max", branch.op("Add", "past_len", "query_len"), one)
-            longest = branch.cast(branch.op("ReduceMax", total, keepdims=1), TensorProto.INT64)
-            last = branch.op("Max", branch.op("Sub", "query_len", one), zero)
+            length = branch.op("Max", branch.op("Add", "past_len", "query_len"), one)
+            longest = branch.cast(branch.op("ReduceMax", length, keepdims=1), TensorProto.INT64)
+            wanted = branch.op("ReduceMax", "logit_positions", branch.ints(1), keepdims=0)
+            last = branch.op("Max", branch.op("Min", wanted, branch.op("Sub", "query_len", one)), zero)
+            total = branch.op("Add", branch.op("Add", "past_len", last), one)
             row = branch.op("GatherND", query, _column(branch, branch.cast(last, TensorProto.INT64)), batch_dims=1)
             grouped = branch.reshape(row, branch.ints(0, config.num_kv_heads, -1, config.head_dim))
             keys = branch.op("Slice", present_key, branch.ints(0), longest, branch.ints(2))

@@ -9,11 +9,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from onnx import TensorProto
 
-from builders.checkpoint import Checkpoint, VisionConfig, concat_rows, map_rows, transpose
+from builders.checkpoint import Checkpoint, LazyTensor, VisionConfig, concat_rows, map_rows, transpose
 from builders.graph.attention import encoder_attention
 from builders.graph.decoder import DEFAULT_ACCURACY_LEVEL
 from builders.graph.linear import Linears
@@ -27,7 +28,7 @@ WEIGHT_FILE = "vision_encoder.weights"
 
 # What the Gemma-3 image processor does to a channel value: times 1/255 in float64, then, in float32, less the mean and
 # over the deviation.
-_RESCALE, _MEAN, _DEVIATION = 1 / 255, 0.5, 0.5
+RESCALE, _MEAN, _DEVIATION = 1 / 255, 0.5, 0.5
 
 
 def write_vision_encoder(
@@ -47,19 +48,48 @@ def write_vision_encoder(
         BuildError: a text-only checkpoint, or one that cannot be read or converted.
         OSError: the disk is full.
     """
-    config = checkpoint.config.vision
-    if config is None:
-        raise BuildError(f"{checkpoint.folder} is a text-only model: it has no vision encoder")
+    config = vision_config(checkpoint)
     if precision.name == "int4":
         precision = dataclasses.replace(precision, name="int8")
     with WeightFile(folder / WEIGHT_FILE, progress) as weights:
         graph = GraphWriter(weights)
-        _VisionEncoder(graph, checkpoint, config, Linears(graph, precision, accuracy_level)).write()
+        VisionEncoder(graph, checkpoint, config, Linears(graph, precision, accuracy_level)).write()
         graph.save(folder / MODEL_FILE)
 
 
-class _VisionEncoder:
-    def __init__(self, graph: GraphWriter, checkpoint: Checkpoint, config: VisionConfig, linears: Linears) -> None:
+def vision_config(checkpoint: Checkpoint) -> VisionConfig:
+    """The checkpoint's vision tower.
+
+    Raises:
+        BuildError: a text-only checkpoint.
+    """
+    config = checkpoint.config.vision
+    if config is None:
+        raise BuildError(f"{checkpoint.folder} is a text-only model: it has no vision encoder")
+    return config
+
+
+Stored = TypeVar("Stored")
+
+
+class Products(Protocol[Stored]):
+    """How a dialect stores matrices and multiplies with them."""
+
+    def store(self, weight: LazyTensor, name: str) -> Stored:
+        """Stream a weight [N, K] to the weight file."""
+        ...
+
+    def apply(self, x: Value, matrix: Stored, bias: Value = "") -> Value:
+        """``x · Wᵀ + bias`` of x [T, K] float32 → [T, N] float32; the bias is float32 [N]."""
+        ...
+
+
+class VisionEncoder(Generic[Stored]):
+    """Writes the tower and the projector; another dialect overrides `rescaled`, `patches` and `attention`."""
+
+    def __init__(
+        self, graph: GraphWriter, checkpoint: Checkpoint, config: VisionConfig, linears: Products[Stored]
+    ) -> None:
         self._graph = graph
         self._checkpoint = checkpoint
         self._config = config
@@ -69,6 +99,7 @@ class _VisionEncoder:
         self._rows = graph.ints(-1, config.hidden_size)
 
     def write(self) -> None:
+        """Write the network, from its input to its output."""
         graph, config = self._graph, self._config
         graph.input("pixels", TensorProto.UINT8, ["N", 3, config.image_size, config.image_size])
         stream = self._embed()
@@ -80,25 +111,38 @@ class _VisionEncoder:
 
     def _embed(self) -> Value:
         """[N·patches, C]: pixels normalised as the processor does, cut into patches, with positions added."""
-        graph, config, prefix = self._graph, self._config, "vision.embeddings."
-        x = graph.op("Mul", graph.cast("pixels", TensorProto.DOUBLE), graph.constant(_RESCALE, np.float64))
-        x = graph.cast(x, TensorProto.FLOAT)
-        x = graph.op("Sub", x, graph.constant(_MEAN, np.float32))
+        graph, prefix = self._graph, "vision.embeddings."
+        x = graph.op("Sub", self.rescaled("pixels"), graph.constant(_MEAN, np.float32))
         x = graph.op("Div", x, graph.constant(_DEVIATION, np.float32))
-        kernel, bias = (self._plain(f"{prefix}patch_embedding.{part}") for part in ("weight", "bias"))
-        x = graph.op("Conv", x, kernel, bias, strides=[config.patch_size] * 2)
+        x = self.patches(x, f"{prefix}patch_embedding")
         x = graph.reshape(x, graph.ints(0, 0, -1))
         x = graph.op("Transpose", x, perm=[0, 2, 1])
         x = graph.op("Add", x, self._plain(f"{prefix}position_embedding.weight"))
         return graph.reshape(x, self._rows)
 
+    def rescaled(self, pixels: Value) -> Value:
+        """uint8 0 … 255 → float32 0 … 1."""
+        graph = self._graph
+        x = graph.op("Mul", graph.cast(pixels, TensorProto.DOUBLE), graph.constant(RESCALE, np.float64))
+        return graph.cast(x, TensorProto.FLOAT)
+
+    def patches(self, x: Value, name: str) -> Value:
+        """[N, 3, H, W] → [N, C, H / patch, W / patch] float32; ``name`` is that of kernel and bias."""
+        kernel, bias = (self._plain(f"{name}.{part}") for part in ("weight", "bias"))
+        return self._graph.op("Conv", x, kernel, bias, strides=[self._config.patch_size] * 2)
+
+    def attention(self, packed: Value) -> Value:
+        """Packed q, k, v [N·patches, 3·C] → [N·patches, C], all float32."""
+        parts = self._graph.ops("Split", packed, outputs=3, axis=1, num_outputs=3)
+        query, key, value = (self._graph.reshape(part, self._sequences) for part in parts)
+        x = encoder_attention(self._graph, self._config.num_heads, query, key, value)
+        return self._graph.reshape(x, self._rows)
+
     def _layer(self, stream: Value, prefix: str) -> Value:
         graph = self._graph
         x = self._norm(stream, prefix + "layer_norm1")
         packed = self._linear(x, prefix + "self_attn", "q_proj", "k_proj", "v_proj")
-        parts = graph.ops("Split", packed, outputs=3, axis=1, num_outputs=3)
-        x = encoder_attention(graph, self._config.num_heads, *(graph.reshape(part, self._sequences) for part in parts))
-        stream = graph.op("Add", stream, self._linear(graph.reshape(x, self._rows), prefix + "self_attn", "out_proj"))
+        stream = graph.op("Add", stream, self._linear(self.attention(packed), prefix + "self_attn", "out_proj"))
 
         x = self._linear(self._norm(stream, prefix + "layer_norm2"), prefix + "mlp", "fc1")
         x = self._linear(graph.op("Gelu", x, approximate="tanh"), prefix + "mlp", "fc2")

@@ -18,9 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 from builders.checkpoint import LazyTensor
 from builders.tensors import row_chunks
 from builders.weights import WeightFile
+from python_backends.errors import InternalError
 
 OPSET = 23
 """RMSNormalization, RotaryEmbedding and Attention are standard operators from here on."""
+STANDARD_OPSET = 24
+"""TensorScatter, which appends to a KV cache, is one from here on."""
 IR_VERSION = 11
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
@@ -33,9 +36,14 @@ Value = str
 class GraphWriter:
     """Nodes, constants, inputs and outputs of one graph."""
 
-    def __init__(self, weights: WeightFile, parent: GraphWriter | None = None) -> None:
-        self.weights = weights
+    def __init__(
+        self, weights: WeightFile | None = None, parent: GraphWriter | None = None, *, opset: int = OPSET
+    ) -> None:
+        """``weights`` may be left out where every weight is a graph input."""
+        self._weights = weights
+        self._opset = opset
         self._root: GraphWriter = parent._root if parent else self
+        self._domains: set[str] = set()
         self._nodes: list[onnx.NodeProto] = []
         self._produced: set[Value] = set()
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -45,6 +53,17 @@ class GraphWriter:
         self._count = 0
 
     # --- values -----------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> WeightFile:
+        """Where weights go.
+
+        Raises:
+            InternalError: the graph has no weights of its own.
+        """
+        if self._weights is None:
+            raise InternalError("this graph has no weight file")
+        return self._weights
 
     def fresh(self, hint: str) -> Value:
         """A name nothing else in the model has."""
@@ -59,6 +78,15 @@ class GraphWriter:
     def output(self, value: Value, dtype: int, shape: Sequence[Dim]) -> None:
         """Declare ``value`` as a graph output; its name is the output's."""
         self._outputs.append(helper.make_tensor_value_info(value, dtype, shape))
+
+    def rename(self, value: Value, name: Value) -> Value:
+        """Give a value of this graph the name of an output, without a node for it."""
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                for index, found in enumerate(names):
+                    if found == value:
+                        names[index] = name
+        return name
 
     def constant(self, values: ArrayLike, dtype: Any) -> Value:
         """A small constant, stored in the model file itself and once however often it is asked for."""
@@ -98,6 +126,7 @@ class GraphWriter:
         names = [self.fresh(kind) for _ in range(outputs)] if isinstance(outputs, int) else list(outputs)
         node = helper.make_node(kind, list(inputs), names, name=f"{kind}:{names[0]}", domain=domain, **attributes)
         self._nodes.append(node)
+        self._root._domains.add(domain)
         self._produced.update(names)
         return names
 
@@ -122,7 +151,7 @@ class GraphWriter:
         kinds = [dtypes] if isinstance(dtypes, int) else dtypes
         graphs = []
         for name, fill in (("then", then), ("else", otherwise)):
-            writer = GraphWriter(self.weights, parent=self)
+            writer = GraphWriter(self._weights, parent=self)
             for value, kind in zip(fill(writer), kinds, strict=True):
                 # A branch returns a value of the graph around it only through a node of its own.
                 own = value if value in writer._produced else writer.op("Identity", value)
@@ -135,7 +164,7 @@ class GraphWriter:
         self, count: Value, initial: Value, body: Callable[[GraphWriter, Value, Value], Value], dtype: int
     ) -> Value:
         """``body(writer, index, carried)`` ``count`` times (int64 scalar); returns what the last one carries on."""
-        writer = GraphWriter(self.weights, parent=self)
+        writer = GraphWriter(self._weights, parent=self)
         index, go_on, carried = (self.fresh(name) for name in ("index", "go_on", "carried"))
         writer._inputs += [
             helper.make_tensor_value_info(index, TensorProto.INT64, ()),
@@ -153,7 +182,8 @@ class GraphWriter:
 
     def save(self, path: Path, metadata: dict[str, str] | None = None) -> None:
         """Write the model; its weights lie in the weight file beside it."""
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        opsets = [helper.make_opsetid("", self._opset)]
+        opsets += [helper.make_opsetid(domain, 1) for domain in sorted(self._domains - {""})]
         model = helper.make_model(self._graph(path.stem), opset_imports=opsets, ir_version=IR_VERSION)
         model.producer_name = "wicore"
         helper.set_model_props(model, metadata or {})

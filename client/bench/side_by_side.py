@@ -32,7 +32,7 @@ def repository_with(repository: Path, settings: Config, folder: Path) -> Iterato
     for entry in repository.iterdir():
         if entry.name != config.CONFIG_NAME:
             (folder / entry.name).symlink_to(entry.resolve(), target_is_directory=entry.is_dir())
-    values = json.dumps(dataclasses.asdict(settings), indent=2)
+    values = json.dumps(settings.changed(), indent=2)
     (folder / config.CONFIG_NAME).write_text(values, encoding="utf-8")
     yield folder
 

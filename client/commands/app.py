@@ -6,7 +6,7 @@ import typer
 
 from builders.cli import build
 from client.commands import ask, chat, demo, doctor, keys, serve, session, stats, up
-from client.commands.bench import cache, engine, gateway, peers, resume, tiers, triton
+from client.commands.bench import cache, engine, gateway, peers, resume, tails, tiers, triton
 from client.commands.bench import serve as bench_serve
 from client.commands.random_checkpoint import random_checkpoint
 
@@ -37,6 +37,7 @@ benches.command("gateway")(gateway.gateway)
 benches.command("serve")(bench_serve.serve)
 benches.command("peers")(peers.peers)
 benches.command("resume")(resume.resume)
+benches.command("tails")(tails.tails)
 benches.command("tiers")(tiers.tiers)
 benches.command("triton")(triton.triton)
 app.add_typer(benches, name="bench")

@@ -39,7 +39,7 @@ def ask(
     from contextlib import closing
 
     from client.answer import AnswerBuilder
-    from client.client import new_request_id
+    from client.calls import new_request_id
 
     if as_json:
         answer = client.generate(messages=messages, images=images, **options)

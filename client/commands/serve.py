@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +13,7 @@ import typer
 
 from client.commands.options import DEFAULT_REPOSITORY, AsJson, ConfigFile
 from client.commands.terminal import Status, command, emit, say
+from client.server.launcher import SECRET_VARIABLE
 from python_backends.errors import ConfigError, WiCoreError
 
 if TYPE_CHECKING:
@@ -36,12 +40,15 @@ def serve(
     http_port: Annotated[int, typer.Option(help="HTTP API; 0 picks a free port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="gRPC API; 0 picks a free port.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics; 0 picks a free port.")] = 8002,
-    admin_key: Annotated[
-        str | None,
+    metrics_host: Annotated[
+        str | None, typer.Option(help="Address of Triton's metrics, for a Prometheus elsewhere. [default: --host]")
+    ] = None,
+    admin_key_file: Annotated[
+        Path | None,
         typer.Option(
-            envvar="WICORE_ADMIN_KEY",
-            help="Opens the admin APIs (model repository, shared memory, logging, trace) to requests with the header "
-            "wicore-admin-key: KEY. [default: shut]",
+            help="File with a key that opens the admin APIs (model repository, shared memory, logging, trace) to "
+            "requests with the header wicore-admin-key: KEY. [default: the variable WICORE_ADMIN_KEY, else shut]",
+            show_default=False,
         ),
     ] = None,
     response_cache_mb: Annotated[int, typer.Option(min=1, help="Memory for image embeddings seen before, MiB.")] = 256,
@@ -93,6 +100,7 @@ def serve(
         http_port,
         grpc_port,
         metrics_port,
+        metrics_host=metrics_host,
         response_cache_mb=response_cache_mb,
         drain_s=settings.drain_s,
         log_path=log,
@@ -100,8 +108,7 @@ def serve(
         model_config_name=model_config_name,
         config=settings,
     )
-    if admin_key:
-        chosen = dataclasses.replace(chosen, admin_key=admin_key)
+    chosen = dataclasses.replace(chosen, admin_key=read_admin_key(admin_key_file))
     front = gateway_settings(repository, settings, gateway_host or host, gateway_port) if gateway else None
     serve_until_signal(chosen, front, restart=restart, show_log=bool(verbose), as_json=as_json)
 
@@ -134,9 +141,10 @@ def read_settings(repository: Path | None, file: Path | None) -> tuple[Path, Con
         ConfigError: as `config.load`; also a ``model_path`` that is no model repository, and a build in another
             precision than ``trt_precision``.
     """
-    from python_backends import config, manifest
+    from python_backends import config, manifest, tracing
 
     settings = config.load_file(file) if file else config.load(repository or DEFAULT_REPOSITORY)
+    tracing.check(settings)
     if repository is None and settings.model_path:
         repository = Path(settings.model_path).expanduser()
         if not repository.is_absolute() and file is not None:
@@ -156,6 +164,23 @@ def read_settings(repository: Path | None, file: Path | None) -> tuple[Path, Con
                 "trt_precision out"
             )
     return repository, settings
+
+
+def read_admin_key(file: Path | None) -> str:
+    """The key, from a file or the environment: an option's value would be in the process list. Empty for none.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds what no header can.
+    """
+    try:
+        key = os.environ.get(SECRET_VARIABLE, "") if file is None else file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the admin key cannot be read from {file}: {error}") from error
+    if file is not None and not key:
+        raise ConfigError(f"{file} holds no admin key")
+    if not re.fullmatch(r"[A-Za-z0-9_.~-]*", key):
+        raise ConfigError("the admin key may have letters, digits, and _ . ~ -")
+    return key
 
 
 def gateway_settings(repository: Path, settings: Config, host: str, port: int | None) -> GatewaySettings | None:
@@ -192,14 +217,15 @@ def serve_until_signal(
     from client.server import Supervisor
 
     status = Status()
+    tell = teller(options.config)
 
     def on_restart(died: str) -> None:
         if died:
-            say(f"{died}; starting again")
+            tell(f"{died}; starting again")
         elif as_json:
             emit(ready_line(running.server, running))
         else:
-            say("Serving again.")
+            tell("Serving again.")
 
     running = Supervisor(
         options,
@@ -214,7 +240,7 @@ def serve_until_signal(
         if as_json:
             emit(ready_line(running.server, running))
         else:
-            _introduce(running)
+            _introduce(running, tell)
         try:
             running.run()
         finally:
@@ -222,7 +248,19 @@ def serve_until_signal(
     status.clear()
 
 
-def _introduce(running: Supervisor) -> None:
+def teller(config: Config | None) -> Callable[[str], None]:
+    """What tells a person, or whoever collects the logs, of the server: on standard error, in the logs' format."""
+    if config is None or config.log_format == "text":
+        return say
+    import logging
+
+    from python_backends import logs
+
+    logs.start("serve", config.log_format)
+    return logging.getLogger("wicore.serve").info
+
+
+def _introduce(running: Supervisor, say: Callable[[str], None]) -> None:
     at = running.server.addresses
     say(f"Serving {running.server.options.repository} on {at.http} (HTTP) and {at.grpc} (gRPC)")
     if running.gateway:

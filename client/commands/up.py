@@ -48,7 +48,7 @@ def up(
 
     Runtime and precision are the best that fit into memory: TensorRT where there is a GPU for it, else the CPU; int8
     where it leaves room for answers, else int4. Whatever the configuration (--config, wicore.json, WICORE_…) says goes
-    before what is chosen here. A second run finds that nothing is to be built.
+    before what is chosen here (docs/configuration.md). A second run finds that nothing is to be built.
 
     wicore up google/gemma-3-1b-it
 

@@ -20,6 +20,7 @@ from client.answer import Answer, AnswersBuilder, Piece
 from client.gateway import errors
 from client.gateway.services import Services
 from python_backends.errors import CancelledError, InternalError, WiCoreError
+from python_backends.tracing import PARAMETER
 
 T = TypeVar("T")
 
@@ -34,12 +35,19 @@ class Ask:
     options: Mapping[str, Any]
     """`client.request.Options`, and inputs of the contract that it does not name."""
     request_id: str
+    traceparent: str = ""
+    """The trace that the request belongs to; none: it is not traced."""
     arrived_s: float = field(default_factory=time.perf_counter)
 
 
 def triton_id(request: Request) -> str:
     """The request's name in Triton: its own, made unique."""
     return f"{request.state.request_id}-{secrets.token_hex(4)}"
+
+
+def trace_of(request: Request) -> str:
+    """The trace that the request belongs to; empty where it is not traced."""
+    return getattr(request.state, PARAMETER, "")
 
 
 async def pieces(services: Services, ask: Ask) -> AsyncGenerator[Piece, None]:
@@ -50,17 +58,27 @@ async def pieces(services: Services, ask: Ask) -> AsyncGenerator[Piece, None]:
     """
     metrics = services.metrics
     last_s: dict[int, float] = {}
+    options = dict(ask.options)
+    span = services.tracing.begin("generate", ask.traceparent, wicore__request_id=ask.request_id)
+    if span.traceparent:
+        options[PARAMETER] = span.traceparent
     stream = services.triton.client.stream(
-        ask.prompt, messages=ask.messages, images=ask.images, request_id=ask.request_id, **dict(ask.options)
+        ask.prompt, messages=ask.messages, images=ask.images, request_id=ask.request_id, **options
     )
     with metrics.in_flight.track_inprogress():
         try:
             async with aclosing(stream):
                 async for piece in stream:
                     now = time.perf_counter()
+                    if not last_s:
+                        span.event("first token")
                     _observe(services, piece, now, ask.arrived_s, last_s)
                     yield piece
+        except (WiCoreError, asyncio.CancelledError) as error:
+            span.fail(error)
+            raise
         finally:
+            span.end()
             seconds = time.perf_counter() - ask.arrived_s
             metrics.request_s.observe(seconds)
             services.monitor.request.add(seconds)
@@ -77,8 +95,8 @@ def _observe(services: Services, piece: Piece, now: float, arrived_s: float, las
             monitor.first_token.add(now - arrived_s)
     elif count:
         each = (now - before) / count  # tokens that came together (drafts) share the time
+        metrics.inter_token_s.observe(each, count)
         for _ in range(count):
-            metrics.inter_token_s.observe(each)
             monitor.inter_token.add(each)
     if count or before is None:
         last_s[piece.index] = now

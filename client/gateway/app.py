@@ -16,7 +16,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from client.gateway import errors, health, native
+from client.gateway import errors, health, native, sessions
 from client.gateway.decoder_metrics import DecoderCollector
 from client.gateway.gpu import GpuMeter
 from client.gateway.images import ImageReader
@@ -31,6 +31,7 @@ from client.gateway.settings import GatewaySettings
 from client.gateway.triton import Triton
 from client.gateway.vocabulary import Vocabulary
 from python_backends.errors import WiCoreError
+from python_backends.tracing import Tracing
 
 WEB = Path(__file__).parent / "web"
 CONTENT_SECURITY_POLICY = (
@@ -66,13 +67,21 @@ def create_app(settings: GatewaySettings, lifecycle: Lifecycle | None = None) ->
     """The application. It connects when it starts and closes its connections when it ends."""
     lifecycle = lifecycle or Lifecycle()
     metrics = Metrics()
+    tracing = Tracing("gateway", settings.config)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         triton = Triton(settings.triton, settings.answer_timeout_s)
         monitor = Monitor(triton, GpuMeter())
         app.state.services = Services(
-            settings, lifecycle, metrics, triton, ImageReader(settings), Vocabulary(settings.repository), monitor
+            settings,
+            lifecycle,
+            metrics,
+            triton,
+            ImageReader(settings),
+            Vocabulary(settings.repository),
+            monitor,
+            tracing,
         )
         metrics.registry.register(DecoderCollector(monitor))
         monitor.start()
@@ -81,6 +90,7 @@ def create_app(settings: GatewaySettings, lifecycle: Lifecycle | None = None) ->
         finally:
             await monitor.close()
             await triton.close()
+            tracing.close()
 
     app = FastAPI(
         title="WiCore",
@@ -95,7 +105,7 @@ def create_app(settings: GatewaySettings, lifecycle: Lifecycle | None = None) ->
             RequestValidationError: errors.on_validation_error,
         },
         middleware=[
-            Middleware(Outermost, settings=settings, metrics=metrics),
+            Middleware(Outermost, settings=settings, metrics=metrics, tracing=tracing),
             Middleware(GZipMiddleware, minimum_size=1024, compresslevel=5),
             Middleware(Draining, lifecycle=lifecycle),
             Middleware(Protection, settings=settings),
@@ -112,4 +122,4 @@ def create_app(settings: GatewaySettings, lifecycle: Lifecycle | None = None) ->
 
 def routers() -> list[APIRouter]:
     """Every endpoint."""
-    return [health.router, chat.router, completions.router, models.router, native.router]
+    return [health.router, chat.router, completions.router, models.router, native.router, sessions.router]

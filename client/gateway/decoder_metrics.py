@@ -99,4 +99,19 @@ def _cache_traffic(cache: Mapping[str, Any]) -> Iterable[Metric]:
     speed = GaugeMetricFamily("wicore_kv_cache_bytes_per_second", "Measured bandwidth of a link", labels=["link"])
     for link, measured in cache["mover"].get("bytes_per_s", {}).items():
         speed.add_metric([link], measured)
-    yield from (pressure, free, lookups, moves, moved, evicted, speed)
+    yield from (pressure, free, lookups, moves, moved, evicted, speed, *_cache_faults(cache["manager"]))
+
+
+def _cache_faults(manager: Mapping[str, Any]) -> Iterable[Metric]:
+    """What was held and did not come back, and copies that did not arrive."""
+    lost = CounterMetricFamily(
+        "wicore_kv_cache_lost", "Entries that a tier did not give back", labels=["tier", "reason"]
+    )
+    failed = CounterMetricFamily(
+        "wicore_kv_cache_failed_moves", "Copies that did not arrive", labels=["link", "reason"]
+    )
+    for family, counts in ((lost, manager["lost"]), (failed, manager["failed"])):
+        for label, count in counts.items():
+            where, _, reason = label.partition("/")
+            family.add_metric([where, reason], count)
+    return lost, failed

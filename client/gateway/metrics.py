@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from client.answer import Usage
+from client.gateway.histogram import TokenHistogram
 
 FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -36,11 +37,8 @@ class Metrics:
             buckets=FIRST_TOKEN_S,
             registry=self.registry,
         )
-        self.inter_token_s = Histogram(
-            "wicore_inter_token_latency_seconds",
-            "Time between tokens of one answer",
-            buckets=INTER_TOKEN_S,
-            registry=self.registry,
+        self.inter_token_s = TokenHistogram(
+            "wicore_inter_token_latency_seconds", "Time between tokens of one answer", INTER_TOKEN_S, self.registry
         )
         self.request_s = Histogram(
             "wicore_e2e_request_latency_seconds",

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from client.client import new_request_id
+from client.calls import new_request_id
 from client.gateway import errors
 from client.gateway.http_protocol import MAX_HEADER_BYTES, MAX_HEADERS
 from client.gateway.lifecycle import Lifecycle
@@ -22,6 +22,7 @@ from python_backends.errors import (
     RequestTooLargeError,
     ServerUnavailableError,
 )
+from python_backends.tracing import NO_SPAN, PARAMETER, Span, Tracing
 
 log = logging.getLogger("wicore.gateway")
 
@@ -45,10 +46,11 @@ class Outermost:
     stop, somebody else's.
     """
 
-    def __init__(self, app: ASGIApp, settings: GatewaySettings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: GatewaySettings, metrics: Metrics, tracing: Tracing) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -57,6 +59,7 @@ class Outermost:
             return
         call = _Call(scope, send, self._settings.config.send_timeout_s)
         begin = time.perf_counter()
+        span = self._begin_span(scope, call.request_id)
         try:
             refused = _refused_headers(scope, self._settings.host)
             await (refused or self._app)(scope, receive, call.send)
@@ -76,8 +79,25 @@ class Outermost:
             path = getattr(scope.get("route"), "path", "other")
             self._metrics.http(scope["method"], path, call.status or errors.CLIENT_CLOSED_REQUEST, seconds)
             fields = {"request_id": call.request_id, "status": call.status, "seconds": round(seconds, 4)}
+            if span.trace_id:
+                fields["trace_id"] = span.trace_id
+                span.set(http__route=path, http__response__status_code=call.status)
+                if call.status >= 500:
+                    span.fail(f"status {call.status}")
+            span.end()
             level = logging.DEBUG if path.startswith(("/health", "/metrics")) else logging.INFO
             log.log(level, "%s %s", scope["method"], scope["path"], extra=fields)
+
+    def _begin_span(self, scope: Scope, request_id: str) -> Span:
+        """Of a request for an answer; the rest (page, health, metrics) is not worth a trace."""
+        if scope["method"] != "POST" or not scope["path"].startswith("/v1/"):
+            return NO_SPAN
+        given = next((value for name, value in scope["headers"] if name == PARAMETER.encode()), b"").decode("latin-1")
+        span = self._tracing.begin(
+            f"POST {scope['path'][:64]}", given, root=True, http__request__method="POST", wicore__request_id=request_id
+        )
+        scope["state"]["traceparent"] = span.traceparent
+        return span
 
 
 class _Call:

@@ -132,7 +132,9 @@ class Stats(BaseModel):
 async def infer(body: InferenceRequest, request: Request, services: ServicesOf) -> Response:
     """Answer a prompt with pictures."""
     images = await services.images.read(body.images)
-    ask = Ask(body.prompt, None, images, translate.options_of(body), answering.triton_id(request))
+    ask = Ask(
+        body.prompt, None, images, translate.options_of(body), answering.triton_id(request), answering.trace_of(request)
+    )
     if body.stream:
         pieces = await answering.started(services, ask, request)
         return EventStream(_events(ask, services, pieces))

@@ -16,10 +16,11 @@ from types import FrameType
 
 import uvicorn
 
-from client.gateway import http_protocol, logs
+from client.gateway import http_protocol
 from client.gateway.app import create_app
 from client.gateway.lifecycle import Lifecycle
 from client.gateway.settings import GatewaySettings
+from python_backends import logs
 from python_backends.errors import ServerStartError
 
 CLOSE_S = 3
@@ -101,7 +102,7 @@ async def serve(settings: GatewaySettings) -> None:
 def main() -> None:
     """Entry point of the process."""
     settings = GatewaySettings.from_json(sys.stdin.readline())
-    logs.start()
+    logs.start("gateway", settings.config.log_format)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = settings.config.max_connections + 256
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, hard)), hard))

@@ -14,6 +14,7 @@ from client.gateway.monitor import Monitor
 from client.gateway.settings import GatewaySettings
 from client.gateway.triton import Triton
 from client.gateway.vocabulary import Vocabulary
+from python_backends.tracing import Tracing
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Services:
     images: ImageReader
     vocabulary: Vocabulary
     monitor: Monitor
+    tracing: Tracing
 
 
 async def _services(request: Request) -> Services:

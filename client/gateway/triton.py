@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from client import AsyncClient
 from client.answer import from_rpc, read_piece
-from client.client import CHANNEL_OPTIONS
+from client.calls import CHANNEL_OPTIONS
 from client.request import infer_request
 from python_backends import contract
 from python_backends.errors import (

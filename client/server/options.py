@@ -7,6 +7,7 @@ from pathlib import Path
 from secrets import token_urlsafe
 
 from client.server.installation import Installation
+from client.server.launcher import SECRET_PLACE, SECRET_VARIABLE
 from python_backends.config import ENV_CONFIG, Config
 
 ADMIN_APIS = ("model-repository", "shared-memory", "logging", "trace")
@@ -14,6 +15,8 @@ ADMIN_APIS = ("model-repository", "shared-memory", "logging", "trace")
 perf_analyzer needs them, so they stay open."""
 ADMIN_HEADER = "wicore-admin-key"
 MIB = 2**20
+_UNSENDABLE = "\n"
+"""In a key that opens nothing: neither HTTP nor gRPC lets a header's value have it, so everyone may read the key."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,10 @@ class ServerOptions:
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
-    admin_key: str = field(default_factory=lambda: token_urlsafe(24), repr=False)
-    """Value of the header that opens `ADMIN_APIS`; a random one keeps them shut."""
+    metrics_host: str | None = None
+    """Where the metrics are to be had; None: on ``host``."""
+    admin_key: str = field(default="", repr=False)
+    """Value of the header that opens `ADMIN_APIS`; none: nothing opens them."""
     response_cache_mb: int = 256
     pinned_memory_mb: int = 256
     cuda_memory_mb: int = 64
@@ -70,7 +75,7 @@ class Addresses:
 
 def environment(options: ServerOptions, installation: Installation) -> dict[str, str]:
     """tritonserver's environment, which its stages inherit: the configuration goes that way."""
-    found = installation.environment()
+    found = installation.environment() | {SECRET_VARIABLE: options.admin_key or token_urlsafe(24) + _UNSENDABLE}
     return found if options.config is None else {**found, ENV_CONFIG: options.config.to_json()}
 
 
@@ -81,8 +86,8 @@ def reachable(host: str) -> str:
 
 
 def command(options: ServerOptions, installation: Installation, addresses: Addresses, shm_prefix: str) -> list[str]:
-    """tritonserver's command line."""
-    restricted = f"{','.join(ADMIN_APIS)}:{ADMIN_HEADER}={options.admin_key}"
+    """tritonserver's command line, but for the key that `launcher` puts into its place."""
+    restricted = f"{','.join(ADMIN_APIS)}:{ADMIN_HEADER}={SECRET_PLACE}"
     flags = {
         "model-repository": options.repository.resolve(),
         "model-control-mode": "none",
@@ -94,7 +99,7 @@ def command(options: ServerOptions, installation: Installation, addresses: Addre
         "http-thread-count": options.http_threads,
         "grpc-address": options.host,
         "grpc-port": addresses.grpc_port,
-        "metrics-address": options.host,
+        "metrics-address": options.metrics_host or options.host,
         "metrics-port": addresses.metrics_port,
         "http-restricted-api": restricted,
         "grpc-restricted-protocol": restricted,

@@ -28,7 +28,8 @@ def choose(options: ServerOptions) -> Addresses:
         if port and named.count(port) > 1:
             raise ServerStartError(f"--{service}-port {port} is asked for twice; give each service its own port")
     with contextlib.ExitStack() as held:  # all at once, so that no free port is found twice
-        found = {service: _bind(held, options.host, port, service) for service, port in wanted.items()}
+        hosts = {"metrics": options.metrics_host or options.host}
+        found = {name: _bind(held, hosts.get(name, options.host), port, name) for name, port in wanted.items()}
     return Addresses(options.host, found["http"], found["grpc"], found["metrics"])
 
 

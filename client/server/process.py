@@ -21,9 +21,11 @@ import psutil
 
 from client.server import installation as installations
 from client.server import launcher, ports
+from client.server.hidden_argument import hide
 from client.server.options import Addresses, ServerOptions, command, environment
 from client.server.server_log import Progress, ServerLog
 from python_backends.errors import ServerStartError, ServerUnavailableError
+from python_backends.logs import triton_as_json
 
 SHARED_MEMORY = Path("/dev/shm")
 POLL_S = 0.05
@@ -56,6 +58,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._stages: dict[int, str] = {}
+        self._writes_json = options.config is not None and options.config.log_format == "json"
 
     def __enter__(self) -> Self:
         self.start()
@@ -178,10 +181,18 @@ class Server:
                 started.set()
             assert process.stdout is not None
             with process.stdout:
-                for line in process.stdout:
-                    log_file.write(line)
-                    self._take(line.decode(errors="replace").rstrip("\n"))
+                for number, line in enumerate(process.stdout):
+                    if number == 0:
+                        self._hide_key(process.pid)
+                    text = line.decode(errors="replace").rstrip("\n")
+                    log_file.write(f"{triton_as_json(text)}\n".encode() if self._writes_json else line)
+                    self._take(text)
             process.wait()  # its output may end first; this thread must not, see `_launch`
+
+    def _hide_key(self, pid: int) -> None:
+        """With the first line of its log tritonserver has read its arguments."""
+        if self.options.admin_key and not hide(pid, self.options.admin_key):
+            self._take("the admin key cannot be taken out of the process list here: other users of this machine see it")
 
     def _take(self, line: str) -> None:
         if self.log.add(line) and self._on_progress:

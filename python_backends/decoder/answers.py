@@ -130,6 +130,7 @@ class AnswerWriter:
             "tool_calls" if reason == "stop" and answer.called else reason,
             Usage(sequence.prompt_length, answer.completion_tokens, sequence.cached) if reason else None,
             drawn.error,
+            sequence.begun_s if reason else None,
         )
         _send(sequence.request, piece)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from python_backends import contract, manifest, triton_io
+from python_backends import contract, manifest, tracing, triton_io
 from python_backends.config import Config, load
 from python_backends.decoder.engine import Engine
 from python_backends.decoder.formats import FormatReader
@@ -25,6 +26,7 @@ from python_backends.decoder.metrics import MetricsReporter
 from python_backends.decoder.open import open_engine, open_tokenizer
 from python_backends.decoder.parameters import Parameters, parameters_within, read_logit_bias
 from python_backends.decoder.sequence import Piece, Request
+from python_backends.decoder.trace import AnswerTrace
 from python_backends.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -38,6 +40,7 @@ from python_backends.errors import (
 )
 from python_backends.kv.identity import content_hash
 from python_backends.runtime.base import Float32
+from python_backends.tracing import Tracing
 
 log = logging.getLogger("wicore")
 
@@ -81,9 +84,10 @@ class TritonPythonModel:
         Raises:
             ArtifactError, ConfigError: with what to do; Triton shows it as the reason the model did not load.
         """
-        triton_io.start_logging(contract.DECODER)
         repository = triton_io.repository(args)
         self._config = load(repository)
+        triton_io.start_logging(contract.DECODER, self._config)
+        self._tracing = Tracing(contract.DECODER, self._config)
         built = manifest.load(repository, [contract.DECODER, contract.TOKENIZER])
         self._engine: Engine = open_engine(built, self._config, on_failure=_end_process)
         self._formats = FormatReader(open_tokenizer(built), built.model)
@@ -106,6 +110,7 @@ class TritonPythonModel:
         if self._metrics is not None:
             self._metrics.close()
         self._engine.close()
+        self._tracing.close()
 
     def _report_metrics(self) -> MetricsReporter | None:
         """None without a KV cache, or where Triton offers no metrics."""
@@ -154,18 +159,18 @@ class TritonPythonModel:
         hit = self._engine.look_up(request)
         known = 0 if hit is None else sum(start < hit.length for start in request.image_starts)
         try:
-            features = self._encoded(pixels[known:])
+            features = self._encoded(pixels[known:], request.traceparent)
             _check_wanted(request)
         except BaseException:
             if hit is not None:
                 hit.release()
             raise
-        rest = functools.partial(self._encoded, pixels[:known])
+        rest = functools.partial(self._encoded, pixels[:known], request.traceparent)
         return dataclasses.replace(request, hit=hit, image_features=features, encoded_from=known, encode_rest=rest)
 
-    def _encoded(self, pixels: NDArray[np.uint8]) -> Float32 | None:
+    def _encoded(self, pixels: NDArray[np.uint8], traceparent: str) -> Float32 | None:
         """[images × tokens per image, D] of pixels [images, 3, H, W]; None for none."""
-        features = list(self._encoders.map(_encode, pixels))
+        features = list(self._encoders.map(_encode, pixels, itertools.repeat(traceparent)))
         return np.concatenate(features) if features else None
 
     def _read_request(self, request: Any, answer: Answer) -> Request:
@@ -178,15 +183,18 @@ class TritonPythonModel:
                 raise InvalidParameterError(f"{name} has at most {LONGEST_NAME} characters")
         if _word(request, "session") and self._engine.cache is None:
             raise UnsupportedFeatureError("session is not offered without the KV cache; set enable_hmt in wicore.json")
+        arrived_s, parent = time.monotonic(), triton_io.traceparent(request)
+        sink = AnswerTrace(self._tracing, parent, arrived_s, answer.send) if parent else answer.send
         return Request(
             input_ids=ids.tolist(),
             parameters=_read_parameters(request, self._config),
-            sink=answer.send,
+            sink=sink,
             image_starts=[] if starts is None else starts.tolist(),
             cache_salt=_word(request, "cache_salt"),
             session=_word(request, "session"),
             request_id=_word(request, "request_id"),
-            arrived_s=time.monotonic(),
+            traceparent=parent,
+            arrived_s=arrived_s,
             is_cancelled=answer.is_cancelled,
         )
 
@@ -368,7 +376,7 @@ def _end_process() -> None:
     os._exit(1)
 
 
-def _encode(image: NDArray[np.uint8]) -> Float32:
+def _encode(image: NDArray[np.uint8], traceparent: str) -> Float32:
     """Embeddings [tokens per image, D] of one image [3, H, W], through Triton so that its batcher and cache serve it.
 
     Raises:
@@ -378,6 +386,7 @@ def _encode(image: NDArray[np.uint8]) -> Float32:
         model_name=contract.VISION_ENCODER,
         requested_output_names=[contract.IMAGE_FEATURES.name],
         inputs=[pb_utils.Tensor(contract.VISION_PIXELS.name, image[np.newaxis])],
+        parameters={tracing.PARAMETER: traceparent} if traceparent else {},
     ).exec()
     if response.has_error():
         text = response.error().message()

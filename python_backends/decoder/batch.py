@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from python_backends.decoder.scheduler import Row, Step
 from python_backends.decoder.sequence import ActiveSequence
-from python_backends.runtime.base import DecoderSpec, StepInputs
+from python_backends.runtime.base import DecoderSpec, StepInputs, idle_inputs
 
 Sequences = Mapping[int, ActiveSequence]
 
@@ -33,19 +33,23 @@ def make_inputs(
     first = step.rows[0].slot
     size = step.rows[-1].slot - first + 1
     chunks = {row.slot - first: _tokens(row, sequences[row.sequence_id]) for row in step.rows}
-    fill = 0
-    if step.kind == "prefill" and spec.wants_even_chunks:
-        (row,) = step.rows
-        fill = filler(row.count, row.start + row.count, max_draft)
-    width = fill + max(len(chunk) for chunk in chunks.values())
+    is_even = spec.wants_even_chunks if step.kind == "prefill" else spec.wants_even_steps
+    fills = {
+        row.slot - first: filler(len(chunks[row.slot - first]), row.start + len(chunks[row.slot - first]), max_draft)
+        for row in step.rows
+        if is_even
+    }
+    width = max(len(chunk) + fills.get(index, 0) for index, chunk in chunks.items())
+    if step.kind == "decode" and is_even:
+        width = max(2, width)  # a row that cannot be filled up is the same beside any others
     wanted = max(_wanted(row, sequences[row.sequence_id]) for row in step.rows)
-    inputs = _idle(first, size, width, wanted)
+    inputs = idle_inputs(first, size, width, wanted)
     for row in step.rows:
         index = row.slot - first
         sequence, chunk = sequences[row.sequence_id], chunks[index]
         inputs.input_ids[index, : len(chunk)] = chunk
         inputs.past_len[index] = row.start
-        inputs.query_len[index] = len(chunk) + fill
+        inputs.query_len[index] = len(chunk) + fills.get(index, 0)
         # The last positions of the chunk, the one that draws the next token behind them all.
         inputs.logit_positions[index] = np.maximum(np.arange(len(chunk) - wanted, len(chunk)), 0)
         if row.samples:
@@ -60,7 +64,7 @@ def make_inputs(
 
 
 def filler(count: int, end: int, max_draft: MaxDraft) -> int:
-    """Tokens to put behind a chunk of ``count`` prompt tokens that ends at position ``end``: it is even then.
+    """Tokens to put behind a chunk of ``count`` tokens that ends at position ``end``: it is even then.
 
     They are dropped as a rejected draft is. So whatever a prompt is cut into, and wherever the cache lets it resume,
     every token is computed by the same kernels, and what it leaves is the same bit for bit; but for an odd chunk whose
@@ -84,22 +88,6 @@ def _wanted(row: Row, sequence: ActiveSequence) -> int:
 def _top_n(sequence: ActiveSequence) -> int:
     parameters = sequence.request.parameters
     return max(parameters.logprobs or 0, parameters.prompt_logprobs or 0)
-
-
-def _idle(first_slot: int, size: int, width: int, wanted: int) -> StepInputs:
-    """Greedy and idle in every row."""
-    return StepInputs(
-        first_slot=first_slot,
-        input_ids=np.zeros((size, width), np.int32),
-        past_len=np.zeros(size, np.int32),
-        query_len=np.zeros(size, np.int32),
-        logit_positions=np.zeros((size, wanted), np.int32),
-        temperature=np.zeros(size, np.float32),
-        top_k=np.zeros(size, np.int32),
-        top_p=np.ones(size, np.float32),
-        min_p=np.zeros(size, np.float32),
-        uniform=np.full((size, wanted), 0.5, np.float32),
-    )
 
 
 def _fill_sampling(inputs: StepInputs, index: int, end: int, sequence: ActiveSequence) -> None:

@@ -7,7 +7,7 @@ the speed depends on how good the guess was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2
 """Tokens that must repeat before what followed them is proposed."""
@@ -16,6 +16,9 @@ FIRST_RATE = 0.75
 """Share of right draft tokens that a new sequence is credited with."""
 FIRST_PAUSE, LONGEST_PAUSE = 8, 256
 """Steps a sequence goes without drafts after they did not pay; doubled each time."""
+
+LONGEST_TRUST = 2000
+"""Steps after which a cost is measured anew: a single slow step would keep drafts off for ever."""
 
 
 class PromptLookup:
@@ -54,6 +57,11 @@ class DraftGain:
         self._wait = 0
         self._probing = False
 
+    @property
+    def rate(self) -> float:
+        """The share of draft tokens to reckon with; that of a new sequence where it is to be measured again."""
+        return FIRST_RATE if self._probing else self._rate
+
     def worthwhile(self, count: int, cost: float) -> bool:
         """Whether to try ``count`` draft tokens, when a step with them takes ``cost`` times a plain one."""
         if self._wait:
@@ -77,18 +85,50 @@ def expected_tokens(rate: float, count: int) -> float:
     return sum(rate**position for position in range(count + 1))
 
 
+def worthwhile_length(drafts: Sequence[tuple[int, float]], rows: int, cost: Callable[[int], float]) -> int:
+    """How long a step's drafts may be: where all its rows together draw the most tokens by what the step costs.
+
+    Every row of a step pays for its width, those without a draft too.
+
+    Args:
+        drafts: (tokens, share that is right) of the rows that have some.
+        rows: that draw, with and without a draft.
+        cost: of a step that many tokens wide, relative to a plain one.
+    """
+
+    def speed(length: int) -> float:
+        drawn = sum(expected_tokens(rate, min(own, length)) for own, rate in drafts)
+        return (rows - len(drafts) + drawn) / cost(1 + length)
+
+    return max(range(1 + max((own for own, _ in drafts), default=0)), key=speed)
+
+
 class StepCost:
-    """What a step of a given width costs relative to a plain one, as measured."""
+    """What a step of a given width costs relative to a plain one, as measured lately."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[int, int], float] = {}
+        self._last: dict[tuple[int, int], int] = {}
+        """Number of the step that was measured last."""
+        self._steps = 0
 
     def observe(self, rows: int, width: int, seconds: float) -> None:
         """A step of ``rows`` × ``width`` tokens took so long."""
+        self._steps += 1
+        self._last[rows, width] = self._steps
         known = self._seconds.setdefault((rows, width), seconds)
         self._seconds[rows, width] = known + SMOOTHING * (seconds - known)
 
     def ratio(self, rows: int, width: int) -> float:
-        """Cost relative to width 1; 1 where either was never seen, so that it gets tried."""
-        plain, wide = self._seconds.get((rows, 1)), self._seconds.get((rows, width))
+        """Cost relative to width 1; 1 where either was never seen, or not for long, so that it gets tried."""
+        plain, wide = self._known(rows, 1), self._known(rows, width)
         return wide / plain if plain and wide else 1.0
+
+    def knows_plain(self, rows: int) -> bool:
+        """Whether a step without drafts was measured."""
+        return self._known(rows, 1) is not None
+
+    def _known(self, rows: int, width: int) -> float | None:
+        if self._steps - self._last.get((rows, width), -LONGEST_TRUST) >= LONGEST_TRUST:
+            self._seconds.pop((rows, width), None)
+        return self._seconds.get((rows, width))

@@ -36,7 +36,7 @@ from python_backends.errors import (
 )
 from python_backends.kv.cache import KvCache
 from python_backends.kv.hit import Hit
-from python_backends.runtime.base import DecoderRuntime, StepOutputs
+from python_backends.runtime.base import DecoderRuntime, StepInputs, StepOutputs
 
 log = logging.getLogger("wicore")
 
@@ -143,7 +143,7 @@ class Engine:
                 raise ServerUnavailableError("the server is shutting down")
             if self._stopped.pop(request.request_id, 0.0) > self._clock():
                 raise CancelledError("the request was stopped")
-            if not self._scheduler.can_add(len(sequences)):
+            if not self._scheduler.can_add(len(sequences) + self._intake.num_waiting):
                 raise OverloadedError(f"{len(self._scheduler.queued)} requests are waiting already; try again later")
             for sequence in sequences:
                 self._sequences[sequence.sequence_id] = sequence
@@ -251,15 +251,16 @@ class Engine:
         """Note how long sequences that have their first step now were in the queue."""
         if step.kind == "prefill":
             for sequence in (self._sequences[row.sequence_id] for row in step.rows):
-                if not sequence.begun:
-                    sequence.begun = True
-                    self.stats.waited(self._clock() - sequence.submitted_s)
+                if sequence.begun_s is None:
+                    sequence.begun_s = self._clock()
+                    self.stats.waited(sequence.begun_s - sequence.submitted_s)
 
     def _run(self, step: Step) -> StepOutputs | WiCoreError | None:
         """None where the step cannot run: something to be moved in is lost, and is computed again."""
         try:
             if not self._move(step):
                 return None
+            self._postprocessor.shorten_drafts(step, self._sequences)
             masks = self._masks.collect(step, self._sequences)
             inputs = make_inputs(step, self._sequences, self.spec, masks, self._runtime.max_draft)
             if self._observed(step):
@@ -273,7 +274,7 @@ class Engine:
         except Exception:
             log.exception("a step failed")
             return InternalError("a decode step failed; see the server's log")
-        self._observe(step, inputs.input_ids.shape, seconds)
+        self._observe(step, inputs, seconds)
         return outputs
 
     def _move(self, step: Step) -> bool:
@@ -320,10 +321,8 @@ class Engine:
             sequence = self._sequences[row.sequence_id]
             with self._changed:
                 self._scheduler.computed(row, drawn)
-            # An idle row computes nothing.
             length = len(sequence.tokens) - 1 if row.samples else row.start + row.count
-            if row.count:
-                self._reuse.computed(sequence, row.slot, length)
+            self._reuse.computed(sequence, row.slot, length)
             if row in observed and outputs.block_attention is not None:
                 self._reuse.observe(sequence, outputs.block_attention[row.slot - step.rows[0].slot])
             if end is not None:
@@ -333,15 +332,15 @@ class Engine:
         for row in step.rows:
             self._intake.share(row.sequence_id, row.slot, row.start + row.count)
 
-    def _observe(self, step: Step, shape: tuple[int, ...], seconds: float) -> None:
-        rows, width = shape
+    def _observe(self, step: Step, inputs: StepInputs, seconds: float) -> None:
+        rows, width = inputs.input_ids.shape
         useful = sum(row.count for row in step.rows)
         self.stats.observe(step.kind, useful, rows * width, seconds)
         if step.kind == "prefill":
             self._budget.observe_prefill(useful, seconds)
         else:
             self._budget.observe_decode(seconds)
-            self._postprocessor.cost.observe(rows, width, seconds)
+            self._postprocessor.cost.observe(rows, inputs.logit_positions.shape[1], seconds)
 
     # --- sequences --------------------------------------------------------------------------------------------
 

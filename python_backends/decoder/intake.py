@@ -60,6 +60,11 @@ class Intake:
         """Sequences that the scheduler does not know yet."""
         return (each.sequence_id for forks in self._forks.values() for each in forks)
 
+    @property
+    def num_waiting(self) -> int:
+        """How many they are; each will want a place in the queue."""
+        return sum(map(len, self._forks.values()))
+
     def queue(self, sequences: list[ActiveSequence], hit: Hit | None) -> None:
         """Queue the answers of one request: all at once, or the first, and the others when the prompt is computed."""
         first, *others = sequences
@@ -118,21 +123,19 @@ class Intake:
         with self._changed:
             if sequence.sequence_id not in self._sequences:
                 return
-            length = self._reuse.found(sequence)
-            if length:
-                self._scheduler.release(sequence.sequence_id, length)
-            else:
-                self._release(sequence)
+            self._release(sequence, self._reuse.found(sequence))
             self._changed.notify_all()
 
-    def _release(self, sequence: ActiveSequence) -> None:
-        """Let a sequence on hold begin; images whose KV was counted on are encoded first."""
-        if sequence.request.encoded_from:
-            self._encoder.submit(self._encode_rest, sequence)
+    def _release(self, sequence: ActiveSequence, length: int = 0) -> None:
+        """Let a sequence on hold begin behind the ``length`` tokens that were found; images that lie further though
+        their KV was counted on are encoded first."""
+        counted = sequence.request.image_starts[: sequence.request.encoded_from]
+        if any(start >= length for start in counted):
+            self._encoder.submit(self._encode_rest, sequence, length)
         else:
-            self._scheduler.release(sequence.sequence_id)
+            self._scheduler.release(sequence.sequence_id, length)
 
-    def _encode_rest(self, sequence: ActiveSequence) -> None:
+    def _encode_rest(self, sequence: ActiveSequence, length: int) -> None:
         request = sequence.request
         try:
             assert request.encode_rest is not None
@@ -145,7 +148,7 @@ class Intake:
             sequence.failure = InternalError("the images could not be encoded; see the server's log")
         with self._changed:
             if sequence.sequence_id in self._sequences:
-                self._scheduler.release(sequence.sequence_id)
+                self._scheduler.release(sequence.sequence_id, length)
             self._changed.notify_all()
 
     def _add(

@@ -27,6 +27,11 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "wicore_kv_lookups_total": (COUNTER, "Look-ups by why they found no more"),
     "wicore_kv_moves_total": (COUNTER, "Moves between tiers, evictions among them, by link and reason"),
     "wicore_kv_moved_bytes_total": (COUNTER, "Bytes of those moves"),
+    "wicore_kv_lost_total": (
+        COUNTER,
+        "Entries that a tier did not give back, late ones among them, by tier and reason",
+    ),
+    "wicore_kv_failed_moves_total": (COUNTER, "Copies between tiers that did not arrive, by link and reason"),
     "wicore_kv_failures_total": (COUNTER, "Failed reads and writes, bad checksums among them, by tier and reason"),
 }
 
@@ -58,6 +63,13 @@ def samples(stats: Mapping[str, Any]) -> Iterator[Sample]:
         for label, count in stats["manager"][name].items():
             link, _, reason = label.partition("/")
             yield Sample(f"wicore_kv_{name}_total", (("link", link), ("reason", reason)), count)
+    for name, family, scope in (
+        ("lost", "wicore_kv_lost_total", "tier"),
+        ("failed", "wicore_kv_failed_moves_total", "link"),
+    ):
+        for label, count in stats["manager"][name].items():
+            where, _, reason = label.partition("/")
+            yield Sample(family, ((scope, where), ("reason", reason)), count)
     for link, speed in stats["mover"].get("bytes_per_s", {}).items():
         yield Sample("wicore_kv_bandwidth_bytes_per_second", (("link", link),), speed)
 

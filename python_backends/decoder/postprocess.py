@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from python_backends.decoder.answers import AnswerWriter, Drawn
-from python_backends.decoder.drafts import StepCost
+from python_backends.decoder.drafts import StepCost, worthwhile_length
 from python_backends.decoder.masks import StepMasks
 from python_backends.decoder.scheduler import Row, Step
 from python_backends.decoder.sequence import ActiveSequence, PromptLogprobs, TopLogprobs
@@ -34,6 +34,19 @@ class Postprocessor:
         self._masks = masks
         self._stats = stats
         self._max_draft = max_draft
+
+    def shorten_drafts(self, step: Step, sequences: Mapping[int, ActiveSequence]) -> None:
+        """Before a decode step: cut its rows' drafts to the width that pays for all rows together."""
+        drawing = [sequences[row.sequence_id] for row in step.rows if row.samples]
+        drafts = [(len(each.draft), each.gain.rate) for each in drawing if each.draft]
+        if not drafts:
+            return
+        slots = step.rows[-1].slot - step.rows[0].slot + 1
+        longest = 0  # a plain step comes first, or there would be nothing to compare with
+        if self.cost.knows_plain(slots):
+            longest = worthwhile_length(drafts, len(drawing), lambda width: self.cost.ratio(slots, width))
+        for sequence in drawing:
+            del sequence.draft[longest:]
 
     def accept(
         self, step: Step, outputs: StepOutputs, sequences: Mapping[int, ActiveSequence]
@@ -112,10 +125,15 @@ class Postprocessor:
         for token in tokens:
             sequence.lookup.add(token)
         room = min(self._max_draft, sequence.max_tokens - sequence.answered - 1)
-        room = self._runtime.max_draft(len(sequence.tokens) - 1, room) if room > 0 else 0
+        room = self._droppable(len(sequence.tokens) - 1, room) if room > 0 else 0
         guess = sequence.lookup.propose(room) if room > 0 else []
         if guess and sequence.gain.worthwhile(len(guess), self.cost.ratio(rows, 1 + len(guess))):
             sequence.draft = guess
+
+    def _droppable(self, past: int, wanted: int) -> int:
+        """How long a draft may be; where steps are to be even, with room for the token that fills it up."""
+        filler = int(self._spec.wants_even_steps)
+        return max(0, self._runtime.max_draft(past, wanted + filler) - filler)
 
     def _keep_prompt(self, sequence: ActiveSequence, row: Row, outputs: StepOutputs, index: int, count: int) -> None:
         """Keep the prompt's log-probabilities that the first ``count`` positions of a chunk gave."""

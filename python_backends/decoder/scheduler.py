@@ -9,8 +9,9 @@ bounds: at most ``max_overtakes`` sequences that arrived later are admitted befo
 slots stay taken a running sequence is set aside once it has had ``quantum`` tokens since it was admitted. It then
 counts as the newest arrival, so those that wait already go first.
 
-The rows of a decode step run from the lowest to the highest slot in use. Sequences take the lowest free slot and are
-moved down one a step while more than half of those rows would be idle, which bounds the padding at one half.
+The rows of a decode step run from the lowest to the highest slot that decodes. Sequences take the lowest free slot and
+are moved down one a step while more than half of the slots in that range are free, which bounds the padding at one half
+where no prompt is being computed between them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence's share of a step: ``count`` tokens from position ``start``; 0 where it only holds its slot."""
+    """One sequence's share of a step: ``count`` tokens, at least one, from position ``start``."""
 
     sequence_id: int
     slot: int
@@ -233,7 +234,6 @@ class Scheduler:
         if not decoding:
             return None
         rows = [Row(work.sequence_id, _slot(work), work.computed, 1, samples=True) for work in decoding]
-        rows += [Row(work.sequence_id, _slot(work), work.computed, 0, samples=False) for work in prefilling]
         return Step("decode", tuple(sorted(rows, key=lambda row: row.slot)), *moves)
 
     def computed(self, row: Row, drawn: int = 1) -> None:

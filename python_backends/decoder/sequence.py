@@ -77,6 +77,8 @@ class Piece:
     finish_reason: str = ""
     usage: Usage | None = None
     error: WiCoreError | None = None
+    begun_s: float | None = None
+    """Of the last: when the sequence's first step began, on the engine's clock; None where none did."""
 
 
 @dataclass
@@ -106,6 +108,8 @@ class Request:
     hit: Hit | None = None
     """What the cache holds of the prompt, where it was looked up already (`Engine.look_up`)."""
     request_id: str = ""
+    traceparent: str = ""
+    """The trace that it belongs to (`tracing`); none: no trace."""
     arrived_s: float | None = None
     """On the engine's clock, where its times count from before `Engine.submit`."""
     is_cancelled: Callable[[], bool] = lambda: False
@@ -167,8 +171,8 @@ class ActiveSequence:
     """The KV while the sequence is set aside, or before a shared beginning is put into its slot."""
     cancelled: bool = False
     """Set by the thread that watches callers."""
-    begun: bool = False
-    """Had its first step."""
+    begun_s: float | None = None
+    """When its first step began."""
     stopped: bool = False
     """Set by the answer writer when a stop string was found."""
     prompt_parts: list[PromptLogprobs] = field(default_factory=list)

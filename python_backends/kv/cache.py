@@ -5,26 +5,24 @@ book-keeper is called under one lock, which is never held while bytes are read o
 the runtime (`DecoderRuntime.export_block` …), on the engine's thread alone.
 
 An entry that is being filled is announced to the book-keeper first, so that its room is counted; until it is there no
-move of it is begun, and only the engine's thread, which fills it, could load it.
+move of it is begun (`Carrier`), and only the engine's thread, which fills it, could load it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from python_backends.errors import EntryLostError, TierError
 from python_backends.kv import identity
-from python_backends.kv.blocks import TIERS, EntryId, EntryKey, Match, Move, Tier
+from python_backends.kv.blocks import TIERS, EntryKey, Match, Move, Tier
+from python_backends.kv.carrier import Carrier
 from python_backends.kv.costs import DISK_BYTES_PER_S
 from python_backends.kv.countdown import Countdown
 from python_backends.kv.hit import Hit
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
     from python_backends.kv.manager import KvManager
     from python_backends.kv.mover import Mover
     from python_backends.kv.policies.base import Visit
-
-log = logging.getLogger("wicore")
 
 PAYLOAD_VERSION = 1
 MOVES_AT_ONCE = 16
@@ -60,7 +56,8 @@ class KvCache:
         layout: of the runtime whose KV it holds.
         fingerprint: what else the KV depends on: weights, precision, kernels.
         manager: with the limits of ``stores``.
-        stores: by tier; "device" and "host" in memory.
+        stores: by tier.
+        memory: those of them that are in memory, "device" or "host" or both; entries are made in the first.
         mover: copies between tiers; None copies at once on the thread that asks (no waiting on disks then).
         clock: seconds, monotonic.
         session_file: where names of sessions outlive the server; None: nowhere.
@@ -87,12 +84,13 @@ class KvCache:
         self._manager = manager
         self._stores = dict(stores)
         self._memory = dict(memory)
+        self._first: Tier = next(tier for tier in TIERS if tier in memory)
         self._mover = mover
         self._defragmenter = defragmenter
         self._clock = clock
         self.lock = threading.RLock()
         """Of the books; held by nobody who reads or writes payloads."""
-        self._filling: set[EntryId] = set()
+        self._carrier = Carrier(manager, self._stores, self._memory, mover, self.lock, clock)
         self._tokens: Counter[str] = Counter()
         self._lookups: Counter[str] = Counter()
         self._closed = False
@@ -162,7 +160,7 @@ class KvCache:
         moves = self.plan_prefetch(keys)
         pending, deadline_s = Countdown(len(moves), done), self.load_deadline_s(moves)
         for move in moves:
-            self._run(move, URGENT, deadline_s, pending.tick)
+            self._carrier.run(move, URGENT, deadline_s, pending.tick)
 
     def load_deadline_s(self, moves: Sequence[Move]) -> float:
         """When loading is late: more is given where much is loaded."""
@@ -191,10 +189,10 @@ class KvCache:
         with self.lock:
             if self._closed:
                 return False
-            insert = self._manager.insert(key, "device", self._clock(), recompute_s=recompute_s, visit=visit)
-            self._filling |= {key.id} if insert.accepted and not insert.known else set()
+            insert = self._manager.insert(key, self._first, self._clock(), recompute_s=recompute_s, visit=visit)
+            self._carrier.filling |= {key.id} if insert.accepted and not insert.known else set()
         for move in insert.evict:
-            self._run(move, URGENT, WRITE_DEADLINE_S, inline=True)
+            self._carrier.run(move, URGENT, WRITE_DEADLINE_S, inline=True)
         if not insert.accepted or insert.known:
             return insert.known
         held = self._fill(key, export)
@@ -203,15 +201,15 @@ class KvCache:
 
     def _fill(self, key: EntryKey, export: Callable[[memoryview], None]) -> bool:
         try:
-            with self._memory["device"].fill(key) as room:
+            with self._memory[self._first].fill(key) as room:
                 export(room)
         except TierError as error:
             with self.lock:
-                self._manager.lost(key, "device", error.reason, self._clock())
+                self._manager.lost(key, self._first, error.reason, self._clock())
             return False
         finally:
             with self.lock:
-                self._filling.discard(key.id)
+                self._carrier.filling.discard(key.id)
         return True
 
     def touch(self, keys: Sequence[EntryKey]) -> Visit:
@@ -251,24 +249,24 @@ class KvCache:
     def plan_save(self, keys: Sequence[EntryKey]) -> list[Move]:
         """Copies to the slowest tier, begun; give each to `carry_out`."""
         with self.lock:
-            return self._begun(self._manager.plan_save(keys, self._clock()))
+            return self._carrier.begin(self._manager.plan_save(keys, self._clock()))
 
     def plan_prefetch(self, keys: Sequence[EntryKey]) -> list[Move]:
         """Copies into memory, begun; give each to `carry_out`."""
         with self.lock:
-            return self._begun(self._manager.plan_prefetch(keys, self.load_target, self._clock()))
+            return self._carrier.begin(self._manager.plan_prefetch(keys, self.load_target, self._clock()))
 
     def carry_out(self, move: Move, done: Callable[[], None]) -> None:
         """A move that has begun and that somebody waits for; ``done`` as `prefetch`."""
         deadline_s = WRITE_DEADLINE_S if move.target == "nvme" else self.load_deadline_s([move])
-        self._run(move, URGENT, deadline_s, done)
+        self._carrier.run(move, URGENT, deadline_s, done)
 
     def carry_out_drops(self, begin: Callable[[], Sequence[Move]]) -> None:
         """Drops that ``begin``, called under the lock, has begun."""
         with self.lock:
             moves = begin()
         for move in moves:
-            self._finish(move, None)
+            self._carrier.finish(move, None)
 
     # --- what was used --------------------------------------------------------------------------------------------
 
@@ -284,81 +282,14 @@ class KvCache:
         with self.lock:
             if self._closed:
                 return
-            moves = self._begun(self._manager.plan_moves(self._clock(), MOVES_AT_ONCE))
+            moves = self._carrier.begin(self._manager.plan_moves(self._clock(), MOVES_AT_ONCE))
         for move in moves:
-            self._run(move, IDLE, WRITE_DEADLINE_S, self._go_on)
+            self._carrier.run(move, IDLE, WRITE_DEADLINE_S, self._go_on)
 
     def _go_on(self) -> None:
         # Without threads of its own a move ends before `rebalance` returns; it would call itself for ever deeper.
         if self._mover is not None:
             self.rebalance()
-
-    def _begun(self, moves: Sequence[Move]) -> list[Move]:
-        return [move for move in moves if move.key.id not in self._filling and self._manager.begin(move, self._clock())]
-
-    def _run(
-        self,
-        move: Move,
-        priority: int,
-        deadline_s: float,
-        done: Callable[[], None] = lambda: None,
-        *,
-        inline: bool = False,
-    ) -> None:
-        """Carry out a move that has begun, and end it in the books."""
-        if move.target is None:
-            self._finish(move, None)
-            done()
-        elif self._mover is None or inline:
-            self._finish(move, self._copy(move, move.target))
-            done()
-        else:
-            future = self._mover.submit(move, priority=priority, deadline_s=deadline_s)
-            future.add_done_callback(functools.partial(self._copied, move, done))
-
-    def _copy(self, move: Move, target: Tier) -> TierError | None:
-        try:
-            if move.source in self._memory:
-                with self._memory[move.source].view(move.key) as payload:
-                    self._stores[target].write(move.key, payload)
-            else:
-                with self._memory[target].fill(move.key) as room:
-                    self._stores[move.source].read(move.key, room)
-        except TierError as error:
-            return error
-        return None
-
-    def _copied(self, move: Move, done: Callable[[], None], future: Future[None]) -> None:
-        error = None if future.cancelled() else future.exception()
-        if future.cancelled():
-            error = TierError("cancelled", "cancelled")
-        elif error is not None and not isinstance(error, TierError):
-            log.error("moving a KV entry failed", exc_info=error)
-            error = TierError(str(error), "unexpected")
-        self._finish(move, error)
-        done()
-
-    def _finish(self, move: Move, error: TierError | None) -> None:
-        with self.lock:
-            now = self._clock()
-            reason = "" if error is None else error.reason
-            drops = self._manager.finish(move, now, ok=error is None, reason=reason)
-            if isinstance(error, EntryLostError):
-                self._manager.lost(move.key, move.source, reason, now)
-            for store in self._stores.values():
-                for key in store.take_lost():
-                    self._manager.lost(key, store.name, "damaged", now)
-        for key, tier in drops:
-            if move.reason == "erase":
-                self._erase(key, tier)
-            else:
-                self._stores[tier].drop(key)
-
-    def _erase(self, key: EntryKey, tier: Tier) -> None:
-        try:
-            self._stores[tier].erase([key])
-        except TierError as error:  # the tier tries again, and serves it to nobody
-            log.warning("%s", error.message)
 
     # --- state ----------------------------------------------------------------------------------------------------
 

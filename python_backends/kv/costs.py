@@ -8,7 +8,8 @@ and they meet where both take as long.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -22,16 +23,27 @@ MEMORY_BYTES_PER_S, DISK_BYTES_PER_S = 4e9, 1e9
 """Taken for links that have moved nothing yet."""
 HALF_LIFE_BYTES = 256 * 2**20
 """What was measured counts half after so many bytes more."""
+HALF_LIFE_S = 60.0
+"""And half after so long without a transfer: a link too slow to be chosen would never be measured again."""
 WORTH_SHARE = 0.9
 """Both ends at once only where it takes at most this share of the better single way: it is more to coordinate."""
 
 
 class LinkSpeeds:
-    """Bandwidth of every link, an average over bytes that forgets (EWMA). Thread-safe."""
+    """Bandwidth of every link, an average over bytes that forgets (EWMA). Thread-safe.
 
-    def __init__(self, assumed: Mapping[Link, float] | None = None) -> None:
+    Args:
+        assumed: bytes a second of links that nothing measured; None: `MEMORY_BYTES_PER_S`, `DISK_BYTES_PER_S`.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, assumed: Mapping[Link, float] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._assumed = dict(assumed or {})
+        self._clock = clock
         self._sums: dict[Link, tuple[float, float]] = {}
+        self._measured_s: dict[Link, float] = {}
         self._lock = threading.Lock()
 
     def record(self, link: Link, num_bytes: int, seconds: float) -> None:
@@ -40,14 +52,18 @@ class LinkSpeeds:
             total, took = self._sums.get(link, (0.0, 0.0))
             keep = 0.5 ** (num_bytes / HALF_LIFE_BYTES)
             self._sums[link] = (total * keep + num_bytes, took * keep + seconds)
+            self._measured_s[link] = self._clock()
 
     def bytes_per_s(self, link: Link) -> float:
-        """Measured, else assumed."""
+        """Measured, else assumed; in between where nothing was moved for long."""
         with self._lock:
             total, took = self._sums.get(link, (0.0, 0.0))
-        if total > 0 and took > 0:
-            return total / took
-        return self._assumed.get(link, DISK_BYTES_PER_S if "nvme" in link else MEMORY_BYTES_PER_S)
+            idle_s = self._clock() - self._measured_s.get(link, self._clock())
+        assumed = self._assumed.get(link, DISK_BYTES_PER_S if "nvme" in link else MEMORY_BYTES_PER_S)
+        if total <= 0 or took <= 0:
+            return assumed
+        known = float(0.5 ** (idle_s / HALF_LIFE_S))
+        return 1 / (known * took / total + (1 - known) / assumed)
 
     def as_dict(self) -> dict[str, float]:
         """ "source→target" to bytes a second, of the links that were measured."""

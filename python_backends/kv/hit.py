@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from python_backends.errors import EntryLostError, InternalError
-from python_backends.kv.blocks import TIERS, EntryKey, Match, Tier
+from python_backends.kv.blocks import TIERS, EntryId, EntryKey, Match, Tier
 from python_backends.kv.costs import Piece, choose
 from python_backends.kv.identity import PromptIds
 from python_backends.runtime.base import DecoderRuntime
@@ -29,6 +29,8 @@ class Hit:
         self._token_s = token_s
         self._match: Match | None = None
         self._held: tuple[EntryKey, ...] = ()
+        self._came_from: dict[EntryId, Tier] = {}
+        """Where each entry was when it was first found: loading moves it."""
         self._loading = False
         self._released = False
         self._tries = TRIES
@@ -59,6 +61,9 @@ class Hit:
         self.cache.release(self._held)
         self._match = match = self.cache.match(self.ids, limit)
         self._held = match.keys
+        tiers = [*match.block_tiers, *([] if match.tail_tier is None else [match.tail_tier])]
+        for key, tier in zip(match.keys, tiers, strict=True):
+            self._came_from.setdefault(key.id, tier)
         return match, [key for key in match.keys if not self.cache.in_memory(key)]
 
     def _worth_loading(self, match: Match, cold: list[EntryKey]) -> bool:
@@ -126,10 +131,8 @@ class Hit:
         """How many of the `length` tokens came from each tier."""
         found: dict[str, int] = dict.fromkeys(TIERS, 0)
         end = 0
-        match = self.match
-        tiers = [*match.block_tiers, *([] if match.tail_tier is None else [match.tail_tier])]
-        for key, tier in zip(match.keys, tiers, strict=True):
-            found[tier] += max(0, min(key.position, self.length) - end)
+        for key in self.match.keys:
+            found[self._came_from[key.id]] += max(0, min(key.position, self.length) - end)
             end = key.position
         return found
 

@@ -225,7 +225,8 @@ class Mover:
                 self._settle(job, error)
             return
         seconds = time.monotonic() - began
-        moved = [job for job, outcome in zip(jobs, results, strict=True) if outcome is None]
+        # One that was given up hung: what it took says nothing about the next.
+        moved = [job for job, outcome in zip(jobs, results, strict=True) if outcome is None and not job.settled]
         if moved:
             link = (jobs[0].move.source, jobs[0].target)
             self.speeds.record(link, sum(job.move.key.num_bytes for job in moved), seconds)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 
 from python_backends.errors import InternalError
 from python_backends.kv.admission import Admission
+from python_backends.kv.backoff import Backoff
 from python_backends.kv.blocks import EntryId, EntryKey, MissReason, Move, MoveReason, Tier
 from python_backends.kv.counters import Counters
 from python_backends.kv.entries import BIT, FASTEST, Entry, EntryTable, TierBook
-
-FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 
 
 class Moves:
@@ -35,8 +35,7 @@ class Moves:
         """Payloads whose bytes are given up but which the caller has not dropped yet: nothing may be put there."""
         self._unsaved: dict[Entry, None] = {}
         """Pinned entries that may lack a copy on the slowest tier."""
-        self._backoff: dict[Tier, tuple[float, float]] = {}
-        """After a failed write: no planned move to that tier before (time), and the next pause (seconds)."""
+        self._backoff = Backoff()
 
     def is_dropping(self, entry_id: EntryId, tier: Tier) -> bool:
         """Whether an earlier payload of that entry still waits to be dropped there."""
@@ -222,7 +221,7 @@ class Moves:
     def _plan_saves(self, now: float, limit: int) -> list[Move]:
         """Copies of pinned entries on the slowest tier, so that a session outlives this process."""
         last = self._table.books[-1]
-        if not self._unsaved or self._paused(last, now):
+        if not self._unsaved or self._backoff.is_paused(last.tier, now):
             return []
         moves: list[Move] = []
         for entry in list(self._unsaved):
@@ -256,7 +255,7 @@ class Moves:
         moves: list[Move] = []
         surplus = book.used - limits.low * limits.limit_bytes
         wanted_below = 0
-        paused = self._paused(below, now)
+        paused = self._backoff.is_paused(below.tier, now)
         with closing(self._runs(book, now)) as victims:
             for entry in victims:
                 if surplus <= 0 or len(moves) >= limit:
@@ -285,17 +284,30 @@ class Moves:
 
     def _room_below(self, book: TierBook, needed: int, now: float) -> list[Move]:
         """Drops that free ``needed`` bytes on the slowest tier; other tiers make their own room by watermark."""
-        missing = needed - book.free
+        if self._table.below(book) is not None:
+            return []
+        return self._plan_drops(book, needed - book.free, now)
+
+    def _plan_drops(
+        self, book: TierBook, missing: int, now: float, spare: Collection[bool] = (True, False)
+    ) -> list[Move]:
+        """Drops of what is worth least on the tier, of at least ``missing`` bytes where that can be: spare copies
+        (True), and what nobody pinned and nothing that stays depends on (False)."""
         moves: list[Move] = []
-        if missing <= 0 or self._table.below(book) is not None:
+        if missing <= 0:
             return moves
+        going: Counter[EntryId] = Counter()
         with closing(self._runs(book, now)) as victims:
             for entry in victims:
                 if missing <= 0:
                     break
-                if entry.held & ~book.bit or (not entry.pins and not any(entry.near)):
-                    moves.append(Move(entry.key, book.tier, None, self._drop_reason(entry, book)))
-                    missing -= entry.key.num_bytes
+                is_spare = bool(entry.held & ~book.bit)
+                needed = not is_spare and (entry.pins or sum(entry.near) > going[entry.key.id])
+                if needed or is_spare not in spare:
+                    continue
+                moves.append(Move(entry.key, book.tier, None, self._drop_reason(entry, book)))
+                missing -= entry.key.num_bytes
+                going[entry.key.parent] += not is_spare
         return moves
 
     def plan_prefetch(self, keys: Sequence[EntryKey], book: TierBook, now: float) -> list[Move]:
@@ -308,13 +320,10 @@ class Moves:
                 wanted.append(Move(key, entry.fastest(), book.tier, "promote", keep_source=True))
         missing = sum(move.key.num_bytes for move in wanted) - book.free
         drops: list[Move] = []
-        with closing(self._victims(book, now)) as victims:
-            for entry in victims:
-                if missing <= 0:
-                    break
-                if entry.held & ~book.bit:
-                    drops.append(Move(entry.key, book.tier, None, "duplicate"))
-                    missing -= entry.key.num_bytes
+        for spare in (True, False):  # others, too: somebody waits, and moving them down would take a disk's time
+            found = self._plan_drops(book, missing, now, (spare,))
+            missing -= sum(move.key.num_bytes for move in found)
+            drops += found
         while wanted and missing > 0:  # the end can be computed while the beginning is loaded
             missing -= wanted.pop().key.num_bytes
         return drops + wanted
@@ -322,9 +331,6 @@ class Moves:
     def pinned(self, entry: Entry) -> None:
         """It is pinned now."""
         self._unsaved[entry] = None
-
-    def _paused(self, book: TierBook, now: float) -> bool:
-        return now < self._backoff.get(book.tier, (0.0, 0.0))[0]
 
     # -- carrying out ------------------------------------------------------------------------------------------------
     def begin(self, move: Move, now: float) -> bool:
@@ -360,7 +366,7 @@ class Moves:
         self.end_drop(move)
         if move.target is None:
             return drops
-        self._note_write(move.target, now, ok=ok)
+        self._backoff.note(move.target, now, ok=ok)
         entry = self._table.get(move.key.id)
         if entry is None or entry.moving != move:
             raise InternalError(f"a move {move.source}>{move.target} ended that had not begun")
@@ -373,13 +379,6 @@ class Moves:
             drops.append((move.key, move.source))
         self._table.place(entry, held, 0, now, reason="evicted" if entry.held else "lost", evicted=True)
         return drops
-
-    def _note_write(self, target: Tier, now: float, *, ok: bool) -> None:
-        if ok:
-            self._backoff.pop(target, None)
-        else:
-            pause = self._backoff.get(target, (0.0, FIRST_BACKOFF_S))[1]
-            self._backoff[target] = (now + pause, min(2 * pause, MAX_BACKOFF_S))
 
     # -- erasing -----------------------------------------------------------------------------------------------------
     def doom(self, entry: Entry) -> None:

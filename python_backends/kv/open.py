@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from python_backends.config import Config
@@ -16,6 +17,7 @@ from python_backends.kv.mover import Mover
 from python_backends.kv.policies import make_policies
 from python_backends.kv.tiers.arena import Arena, alignment_for
 from python_backends.kv.tiers.base import MemoryStore, TierStore
+from python_backends.kv.tiers.memory import Memory, plain_memory
 from python_backends.kv.tiers.nvme import NvmeStore
 from python_backends.runtime.base import KvLayout
 
@@ -27,7 +29,15 @@ FEWEST_TAILS = 4
 """A tier that does not hold so many tails is not worth having."""
 
 
-def open_cache(layout: KvLayout, fingerprint: str, config: Config, memory_limit: int) -> KvCache | None:
+def open_cache(
+    layout: KvLayout,
+    fingerprint: str,
+    config: Config,
+    memory_limit: int,
+    *,
+    device_share: float = DEVICE_SHARE,
+    allocate: Callable[[int], Memory] = plain_memory,
+) -> KvCache | None:
     """The cache that a configuration asks for; None where memory does not suffice.
 
     Args:
@@ -35,13 +45,17 @@ def open_cache(layout: KvLayout, fingerprint: str, config: Config, memory_limit:
         fingerprint: what else the KV depends on: weights, precision, kernels.
         config: the ``hmt_…``, ``kv_…`` and ``nvme_…`` keys.
         memory_limit: bytes for the tiers in memory together.
+        device_share: of them for the device tier; with 0 there is none.
+        allocate: where they come from; page-locked for a runtime whose slots are on a GPU.
 
     Raises:
         ConfigError: no such policy, or an NVMe limit that is too small.
     """
     largest = layout.largest_tail_bytes
-    device_bytes = int(memory_limit * DEVICE_SHARE)
-    if device_bytes < FEWEST_TAILS * largest:
+    sizes: dict[Tier, int] = {"device": int(memory_limit * device_share)}
+    sizes["host"] = memory_limit - sizes["device"]
+    sizes = {tier: size for tier, size in sizes.items() if size}
+    if min(sizes.values(), default=0) < FEWEST_TAILS * largest:
         log.warning(
             "no KV cache: %.3g GB of memory do not hold %d entries of %.3g GB; raise cpu_memory_gb or kv_cache_share",
             memory_limit / 1e9,
@@ -51,8 +65,7 @@ def open_cache(layout: KvLayout, fingerprint: str, config: Config, memory_limit:
         return None
     alignment = alignment_for(layout.block_bytes)
     memory: dict[Tier, MemoryStore] = {
-        "device": Arena("device", device_bytes, alignment=alignment),
-        "host": Arena("host", memory_limit - device_bytes, alignment=alignment),
+        tier: Arena(tier, size, alignment=alignment, allocate=allocate) for tier, size in sizes.items()
     }
     stores: dict[Tier, TierStore] = {**memory}
     nvme = _open_nvme(layout, fingerprint, config, largest)
@@ -99,6 +112,7 @@ def _open_nvme(layout: KvLayout, fingerprint: str, config: Config, largest: int)
             fingerprint=f"{fingerprint}/{layout.identity}".encode(),
             block_bytes=layout.block_bytes,
             largest_bytes=largest,
+            free_floor_bytes=int(config.nvme_free_floor_gb * 1e9),
             write_budget_bytes=int(config.nvme_daily_writes_gb * 1e9) or None,
         )
     except TierError as error:

@@ -36,6 +36,9 @@ class DecoderSpec:
     eos_token_ids: tuple[int, ...]
     wants_even_chunks: bool = False
     """A chunk of an odd number of prompt tokens may sum in another order than an even one (`decoder.batch.filler`)."""
+    wants_even_steps: bool = False
+    """The same of decode steps. Filled up they cost more, and a row's results are the same, bit for bit, with drafts
+    and without, its own and others'."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,22 @@ class StepInputs:
     """Tokens of a block whose attention mass is wanted; 0 for none."""
 
 
+def idle_inputs(first_slot: int, rows: int, width: int, wanted: int) -> StepInputs:
+    """A greedy step of ``rows`` idle rows of ``width`` positions, of which ``wanted`` would have logits."""
+    return StepInputs(
+        first_slot=first_slot,
+        input_ids=np.zeros((rows, width), np.int32),
+        past_len=np.zeros(rows, np.int32),
+        query_len=np.zeros(rows, np.int32),
+        logit_positions=np.zeros((rows, wanted), np.int32),
+        temperature=np.zeros(rows, np.float32),
+        top_k=np.zeros(rows, np.int32),
+        top_p=np.ones(rows, np.float32),
+        min_p=np.zeros(rows, np.float32),
+        uniform=np.full((rows, wanted), 0.5, np.float32),
+    )
+
+
 @dataclass
 class StepOutputs:
     """What leaves the device."""
@@ -152,8 +171,9 @@ class StepOutputs:
     logits: Float32 | None = None
     """[B, R, V], the model's own, only when asked for."""
     block_attention: Float32 | None = None
-    """[B, blocks] share of its attention that the row's last token gave each block of ``attention_block`` tokens, in
-    one global layer, averaged over the heads; a row sums to 1. None where not asked for."""
+    """[B, blocks] share of its attention that the row's last position in ``logit_positions`` gave each block of
+    ``attention_block`` tokens, in one global layer, averaged over the heads; a row sums to 1. None where not asked
+    for."""
 
 
 class DecoderRuntime(Protocol):

@@ -33,6 +33,11 @@ class SlotPlan:
     """Of all slots when full; the system gives pages only as slots fill."""
 
 
+def window_rows(sliding_window: int) -> int:
+    """Rows of a local layer's slot (`SlotPlan.window_capacity`)."""
+    return sliding_window - 1 + max(1, sliding_window // 4 // SUM_ROWS) * SUM_ROWS
+
+
 def plan_slots(model: ModelShape, num_slots: int, context_length: int, limit_bytes: int, item_size: int) -> SlotPlan:
     """The slots to make: those asked for, clipped to the model's context and to ``limit_bytes``.
 
@@ -42,7 +47,7 @@ def plan_slots(model: ModelShape, num_slots: int, context_length: int, limit_byt
     Raises:
         ConfigError: not even that fits.
     """
-    window_capacity = model.sliding_window - 1 + max(1, model.sliding_window // 4 // SUM_ROWS) * SUM_ROWS
+    window_capacity = window_rows(model.sliding_window)
     row = 2 * model.num_kv_heads * model.head_dim * item_size
     num_local = sum(kind == "local" for kind in model.layer_types)
     num_global = len(model.layer_types) - num_local

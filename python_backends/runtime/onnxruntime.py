@@ -93,6 +93,7 @@ class OnnxRuntimeDecoder:
             tokens_per_image=image.tokens_per_image if image else 0,
             eos_token_ids=model.eos_token_ids,
             wants_even_chunks=True,  # attention takes queries in even pieces; a last one of one row has its own kernel
+            wants_even_steps=dtype == np.float32,  # who decodes in float32 wants to compare, and not to be fast
         )
         _log.info(
             "decoder: %d slots of %d tokens, %.2f GB when full",

@@ -11,20 +11,18 @@ import pytest
 
 from builders.build import Options, build
 from builders.checkpoint import open_checkpoint
-from builders.gpu_weights import write_gpu_weights
-from builders.quantize import PER_CHANNEL, Precision
+from builders.quantize import Precision
 from python_backends import contract, manifest
 from python_backends.errors import ArtifactError, BuildError
 from python_backends.runtime.gpu.weights import (
     ALIGNMENT,
-    GROUP,
     INDEX_FILE,
     WEIGHT_FILE,
-    GpuWeights,
     Names,
     open_weights,
 )
 from tests.builders.checkpoint_files import complete
+from tests.builders.graph.standard_dialect import dequantized, gpu_weights
 from tests.checkpoints import DEMO, tiny
 
 # The largest relative error (Frobenius) of a random matrix, and the element types of matrices in layers.
@@ -38,22 +36,6 @@ CASES: dict[Any, tuple[float, set[str]]] = {
 }
 
 
-def write(checkpoint: Path, folder: Path, name: Any) -> GpuWeights:
-    write_gpu_weights(open_checkpoint(checkpoint), Precision.of(name, PER_CHANNEL if name == "int8" else None), folder)
-    return open_weights(folder)
-
-
-def matrix(weights: GpuWeights, name: str, columns: int) -> Any:
-    """A matrix as the kernels multiply with it."""
-    values = weights.read(name)
-    if values.dtype == np.uint8:
-        halves = np.stack([values & 15, values >> 4], -1).reshape(len(values), -1)[:, :columns]
-        scale = np.repeat(weights.read(Names.scale(name)).astype(np.float32), GROUP, 1)[:, :columns]
-        return (halves.astype(np.float32) - 8) * scale
-    scale = weights.read(Names.scale(name))[:, None] if Names.scale(name) in weights else np.float32(1)
-    return values.astype(np.float32) * scale
-
-
 def relative(found: Any, wanted: Any) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
@@ -62,7 +44,7 @@ def relative(found: Any, wanted: Any) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_every_tensor_is_the_checkpoints_within_the_precisions_error(tmp_path: Path, family: str, name: Any) -> None:
     opened = open_checkpoint(tiny(family))
-    weights = write(tiny(family), tmp_path, name)
+    weights = gpu_weights(tiny(family), tmp_path, name)
     error, dtypes = CASES[name]
     assert {weights[Names.layer(0, kind)].dtype for kind in Names.MATRICES} == dtypes
     for layer in range(opened.config.text.num_layers):
@@ -73,14 +55,14 @@ def test_every_tensor_is_the_checkpoints_within_the_precisions_error(tmp_path: P
             (Names.DOWN, ("mlp.down_proj",)),
         ):
             wanted = np.concatenate([opened.tensor(f"layers.{layer}.{part}.weight").read() for part in parts])
-            assert relative(matrix(weights, Names.layer(layer, kind), wanted.shape[1]), wanted) <= error
+            assert relative(dequantized(weights, Names.layer(layer, kind), wanted.shape[1]), wanted) <= error
         scale = np.float32(opened.config.text.query_pre_attn_scalar**-0.5)
         wanted = (1 + opened.tensor(f"layers.{layer}.self_attn.q_norm.weight").read()) * scale
         np.testing.assert_array_equal(weights.read(Names.layer(layer, Names.Q_NORM)), wanted)
         wanted = 1 + opened.tensor(f"layers.{layer}.post_feedforward_layernorm.weight").read()
         np.testing.assert_array_equal(weights.read(Names.layer(layer, Names.POST_FEEDFORWARD_NORM)), wanted)
     wanted = opened.tensor("embed_tokens.weight").read()
-    assert relative(matrix(weights, Names.EMBED, wanted.shape[1]), wanted) <= min(error, 0.011)
+    assert relative(dequantized(weights, Names.EMBED, wanted.shape[1]), wanted) <= min(error, 0.011)
     assert Names.HEAD not in weights
     frequencies = weights.read(Names.inverse_frequency("global"))
     factor = 8 if family == "27b" else 1
@@ -89,7 +71,7 @@ def test_every_tensor_is_the_checkpoints_within_the_precisions_error(tmp_path: P
 
 
 def test_tensors_are_aligned_and_cover_the_file_in_order(tmp_path: Path) -> None:
-    weights = write(DEMO, tmp_path, "int4")
+    weights = gpu_weights(DEMO, tmp_path, "int4")
     assert weights.path.stat().st_size == weights.num_bytes
     assert weights.num_bytes % ALIGNMENT == 0
     end = 0
@@ -112,7 +94,7 @@ def test_tensors_are_aligned_and_cover_the_file_in_order(tmp_path: Path) -> None
     ],
 )
 def test_a_damaged_file_or_index_is_refused_with_how_to_rebuild(tmp_path: Path, damage: Any, message: str) -> None:
-    write(DEMO, tmp_path, "bf16")
+    gpu_weights(DEMO, tmp_path, "bf16")
     index = json.loads((tmp_path / INDEX_FILE).read_text())
     damage(tmp_path, index)
     if (tmp_path / INDEX_FILE).exists():

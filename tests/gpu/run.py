@@ -1,7 +1,8 @@
 """Everything that needs a card, in one go: `python -m tests.gpu.run --out FOLDER`.
 
-Needs cuda-bindings, triton==3.6.0 (to compile kernels), and for the parity section PyTorch and transformers. Prints
-rows as they come and keeps them in ``gpu-….json``.
+Needs cuda-bindings, triton==3.6.0 (to compile kernels), for the parity section PyTorch and transformers, and for the
+sections plans and vision (not among the default ones) tensorrt-rtx-cu13 as well. Prints rows as they come and keeps
+them in ``gpu-….json``.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from builders.model_config import read_model_config
+from builders.model_config import ModelConfig, read_model_config
 from builders.random_checkpoint import shape_config
 from python_backends.runtime.gpu.compile import KernelCache
 from python_backends.runtime.gpu.cuda import CudaDevice
 from tests.driver import model_shape
+from tests.gpu import plans
 from tests.gpu.parity import parity
 from tests.gpu.report import Report
+from tests.gpu.sampling import sampling_times
 from tests.gpu.steps import Bench, copy_rate
 
 DECODE = [(batch, context) for context in (1024, 8192) for batch in (1, 4, 8, 16)]
@@ -39,7 +42,7 @@ def main() -> None:
     parser.add_argument("--kv", default="", help="element type of the KV: fp8e4nv, or that of the activations")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("sections", nargs="*", default=["parity", "decode", "prefill", "breakdown"])
+    parser.add_argument("sections", nargs="*", default=["parity", "sampling", "decode", "prefill", "breakdown"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     kernels = KernelCache(options.kernels or Path(tempfile.gettempdir()) / "wicore-kernels")
@@ -50,15 +53,25 @@ def main() -> None:
     device.close()
     if "parity" in options.sections:
         _guard(report, "parity", lambda: parity(report, kernels))
-    if set(options.sections) - {"parity"}:
+    if "sampling" in options.sections:
+        _guard(report, "sampling", lambda: sampling_times(report, kernels))
+    if "plans" in options.sections:
+        _guard(report, "plans", lambda: plans.pieces(report, kernels, _config(options.shape, 2), options.precision))
+    if "vision" in options.sections:
+        _guard(report, "vision", lambda: plans.vision(report, kernels, options.precision))
+    if set(options.sections) - {"parity", "sampling", "plans", "vision"}:
         _guard(report, "steps", lambda: steps(report, kernels, options))
+
+
+def _config(shape: str, layers: int | None) -> ModelConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(shape_config(shape, layers)))
+        return read_model_config(Path(folder))
 
 
 def steps(report: Report, kernels: KernelCache, options: argparse.Namespace) -> None:
     """Times of decode steps and of chunks of prompts."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(shape_config(options.shape, options.layers)))
-        config = read_model_config(Path(folder))
+    config = _config(options.shape, options.layers)
     device = CudaDevice(kernels)
     bench = Bench.open(
         device,

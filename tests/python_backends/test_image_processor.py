@@ -96,6 +96,7 @@ def test_a_text_only_repository_serves_prompts_without_images(tmp_path: Path) ->
     processor.close()
 
 
+@pytest.mark.effect("max_image_bytes", "max_image_pixels", "pan_and_scan")
 def test_the_configuration_sets_the_limits_and_the_crops(tmp_path: Path) -> None:
     settings = {"max_image_bytes": 10**6, "max_image_pixels": 256 * 512, "pan_and_scan": True}
     processor = open_processor(write_repository(tmp_path, settings=settings))

@@ -363,6 +363,7 @@ def test_the_model_answers_each_request_of_a_batch_by_itself(model: TritonPython
     assert (choice.error.code, choice.error.message.partition(":")[0]) == (TritonError.INVALID_ARG, "invalid_parameter")
 
 
+@pytest.mark.effect("max_images", "max_image_bytes", "max_image_pixels", "max_context_length", "pan_and_scan")
 def test_the_configuration_sets_the_limits(tmp_path: Path) -> None:
     values = {"max_images": 1, "max_image_bytes": 10**4, "max_image_pixels": 10**4, "max_context_length": 200}
     found = open_tokenizer(write_repository(tmp_path, settings={**values, "pan_and_scan": True}))

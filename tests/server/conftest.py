@@ -11,13 +11,19 @@ from builders.build import Options, build
 from builders.quantize import Precision
 from client import Client
 from client.server import Server, ServerOptions
+from client.server.installation import cache_folder as cache_home
 from tests.paths import DEMO_CHECKPOINT
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder of the tests' own, for the processes they start too."""
+    """A cache folder of the tests' own, for the processes they start too; but compiled kernels, which are named by a
+    hash of all that they are made of, are the user's: a busy machine needs minutes for them."""
     folder = tmp_path_factory.mktemp("cache")
+    kernels = cache_home() / "kernels"
+    kernels.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / "wicore").mkdir()
+    (folder / "wicore" / "kernels").symlink_to(kernels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder

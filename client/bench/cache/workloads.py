@@ -14,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
+from python_backends.errors import InvalidParameterError
 from python_backends.kv.blocks import EntryId, EntryKey
 
 BLOCK_TOKENS = 512
 TRACE = Path(__file__).with_name("traces") / "conversation_trace.jsonl"
 ROOT = bytes(32)
+RECORDED = "conversation"
+"""The recorded trace among the workloads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,3 +166,17 @@ GENERATORS: dict[str, Callable[[int], list[Request]]] = {
     "multi-turn": multi_turn, "shared-prompts": shared_prompts, "agents": agents, "scan": scan, "zipf": zipf,
     "loop": loop,
 }  # fmt: skip
+
+
+def read_workload(name: str, trace: Path | None, seed: int) -> tuple[list[Request], str]:
+    """The requests of another trace file, or of the workload of that name, and what to call them.
+
+    Raises:
+        InvalidParameterError: no such workload.
+    """
+    if name != RECORDED and name not in GENERATORS:
+        known = ", ".join([RECORDED, *GENERATORS])
+        raise InvalidParameterError(f"there is no workload {name!r}; choose among {known}")
+    if trace is not None:
+        return conversation_trace(trace), str(trace)
+    return conversation_trace() if name == RECORDED else GENERATORS[name](seed), name

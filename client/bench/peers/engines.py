@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import subprocess
@@ -134,7 +133,7 @@ def _ours(setup: Setup, text: str, opened: ExitStack, report: Report) -> Worker:
         num_threads=setup.threads,
         target_inter_token_ms=NEVER_MS,
     )
-    values = json.dumps({**dataclasses.asdict(settings), **changed})
+    values = json.dumps({**settings.changed(), **changed})
     return _worker(setup, opened, f"wicore {text}", "wicore_worker", [str(repository), values])
 
 

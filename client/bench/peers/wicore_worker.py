@@ -18,7 +18,7 @@ from client.bench.targets import EngineTarget
 from python_backends import manifest
 from python_backends.config import from_values
 from python_backends.decoder.open import open_engine, open_runtime
-from python_backends.runtime.base import StepInputs
+from python_backends.runtime.base import StepInputs, idle_inputs
 
 
 class WiCore(OneVariant):
@@ -69,19 +69,11 @@ class WiCore(OneVariant):
 
 def _chunk(ids: list[int], past: int, positions: list[int]) -> StepInputs:
     """One chunk of a prompt in slot 0, with logits wanted at ``positions``."""
-    real, integer = np.zeros(1, np.float32), np.zeros(1, np.int32)
-    return StepInputs(
-        first_slot=0,
-        input_ids=np.array([ids], np.int32),
-        past_len=np.array([past], np.int32),
-        query_len=np.array([len(ids)], np.int32),
-        logit_positions=np.array([positions], np.int32),
-        temperature=real,
-        top_k=integer,
-        top_p=np.ones(1, np.float32),
-        min_p=real,
-        uniform=np.full((1, len(positions)), 0.5, np.float32),
-    )
+    inputs = idle_inputs(0, 1, len(ids), len(positions))
+    inputs.input_ids[0] = ids
+    inputs.past_len[0], inputs.query_len[0] = past, len(ids)
+    inputs.logit_positions[0] = positions
+    return inputs
 
 
 if __name__ == "__main__":

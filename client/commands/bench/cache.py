@@ -42,21 +42,14 @@ def cache(
     """
     from client.bench.cache.report import chart, table
     from client.bench.cache.simulate import POLICIES, replay
-    from client.bench.cache.workloads import GENERATORS, conversation_trace
+    from client.bench.cache.workloads import read_workload
     from python_backends.errors import InvalidParameterError
 
     chosen = policy or list(POLICIES)
     for name in chosen:
         if name not in POLICIES:
             raise InvalidParameterError(f"there is no policy {name!r}; choose among {', '.join(POLICIES)}")
-    if workload != "conversation" and workload not in GENERATORS:
-        known = ", ".join(["conversation", *GENERATORS])
-        raise InvalidParameterError(f"there is no workload {workload!r}; choose among {known}")
-    if trace is not None:
-        requests, source = conversation_trace(trace), str(trace)
-    else:
-        requests = conversation_trace() if workload == "conversation" else GENERATORS[workload](seed)
-        source = workload
+    requests, source = read_workload(workload, trace, seed)
     status = Status()
     outcomes = []
     for count in tiers or [1, 2, 3]:

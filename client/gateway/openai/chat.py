@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from json.encoder import encode_basestring
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -62,6 +63,10 @@ def _choice(answer: Answer, body: ChatRequest, services: Services) -> dict[str, 
     }
 
 
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 class _Chunks:
     """Pieces as events."""
 
@@ -75,6 +80,8 @@ class _Chunks:
             "model": services.settings.model,
         }
         self._wants_usage = body.stream_options is not None and body.stream_options.include_usage
+        self._plain_head = _json({**self._head, "choices": []})[:-2] + '{"index":'
+        self._tail = ',"usage":null}' if self._wants_usage else "}"
         self._begun: set[int] = set()
         self._calls: dict[int, int] = {}
 
@@ -84,17 +91,26 @@ class _Chunks:
         async with aclosing(pieces):
             async for piece in pieces:
                 if piece.error is None:
-                    yield self._chunk([self._choice(piece)])
+                    yield self._plain(piece) or self._chunk([self._choice(piece)])
                 if piece.usage:
                     usages.append(piece.usage)
         if self._wants_usage:
             yield self._chunk([], translate.usage_body(usages))
 
+    def _plain(self, piece: Piece) -> str:
+        """What `_chunk` would write, for the piece that nearly every token is, text alone; empty for any other."""
+        rest = piece.finish_reason or piece.tool_calls or self._body.logprobs or not piece.text
+        if rest or piece.index not in self._begun:
+            return ""
+        text = encode_basestring(piece.text)
+        choice = f'{piece.index},"delta":{{"content":{text}}},"logprobs":null,"finish_reason":null}}'
+        return f"{self._plain_head}{choice}]{self._tail}"
+
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:
         chunk: dict[str, Any] = {**self._head, "choices": choices}
         if self._wants_usage:
             chunk["usage"] = usage
-        return json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
+        return _json(chunk)
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
         delta: dict[str, Any] = {}

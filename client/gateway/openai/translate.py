@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 
 from client.answer import Piece, TopLogprobs, Usage
-from client.gateway.answering import Ask, triton_id
+from client.gateway.answering import Ask, trace_of, triton_id
 from client.gateway.openai.requests import ChatRequest, CompletionRequest, Generation, Message
 from client.gateway.services import Services
 from client.gateway.vocabulary import Vocabulary
@@ -80,7 +80,7 @@ async def ask_chat(body: ChatRequest, request: Request, services: Services) -> A
         await _load(services.vocabulary)
     messages, sources = _messages(body.messages)
     images = await services.images.read(sources)
-    return Ask(None, messages, images, options, triton_id(request))
+    return Ask(None, messages, images, options, triton_id(request), trace_of(request))
 
 
 async def ask_completions(body: CompletionRequest, request: Request, services: Services) -> list[Ask]:
@@ -101,7 +101,7 @@ async def ask_completions(body: CompletionRequest, request: Request, services: S
         await _load(services.vocabulary)
         options["logprobs"] = body.logprobs
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    return [Ask(prompt, None, (), options, triton_id(request)) for prompt in prompts]
+    return [Ask(prompt, None, (), options, triton_id(request), trace_of(request)) for prompt in prompts]
 
 
 async def _load(vocabulary: Vocabulary) -> None:

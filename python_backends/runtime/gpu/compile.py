@@ -123,7 +123,7 @@ class KernelCache:
     def _read(self, key: str) -> Compiled | None:
         """From the folder, None where it is not there."""
         try:
-            facts = json.loads((self.folder / f"{key}.json").read_text())
+            facts = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
             return Compiled(key=key, cubin=(self.folder / f"{key}.cubin").read_bytes(), **facts)
         except FileNotFoundError:
             return None
@@ -176,6 +176,13 @@ def argument_types(launch: Launch) -> tuple[str, ...]:
 
 
 @cache
+def sources_hash() -> str:
+    """Over the texts of all kernel modules."""
+    texts = [(path.name, path.read_text(encoding="utf-8")) for path in sorted(_KERNEL_FOLDER.glob("*.py"))]
+    return hashlib.sha256(repr(texts).encode()).hexdigest()
+
+
+@cache
 def source_hash(module: str) -> str:
     """Over the text of a kernel module and of the kernel modules that it imports."""
     texts: dict[str, str] = {}
@@ -183,7 +190,7 @@ def source_hash(module: str) -> str:
     while pending:
         name = pending.pop()
         if name not in texts:
-            text = texts[name] = (_KERNEL_FOLDER / f"{name}.py").read_text()
+            text = texts[name] = (_KERNEL_FOLDER / f"{name}.py").read_text(encoding="utf-8")
             pending += re.findall(rf"^from {re.escape(_KERNELS)}\.(\w+) import", text, re.MULTILINE)
     return hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -136,6 +136,10 @@ class CudaDevice:
     def launch(self, launch: Launch) -> None:
         """Issue one kernel now."""
         self._prepare(launch).issue(self.stream)
+
+    def compile_all(self, launches: Sequence[Launch], progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile what is missing, several at once; see `KernelCache.compile_all`."""
+        self._kernels.compile_all(launches, self._capability, progress)
 
     def record(self, steps: Sequence[Launch | Operation]) -> CudaRecording:
         """See `Device.record`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,12 @@ from python_backends.runtime.base import DecoderSpec, KvLayout, SlotState, StepI
 from python_backends.runtime.checks import check_step
 from python_backends.runtime.gpu.device_weights import DeviceWeights
 from python_backends.runtime.gpu.inputs import DECODE_POSITIONS, Bucket, StepLayout, bucket_of
+from python_backends.runtime.gpu.kernels.most_likely import MAX_TOP_N
 from python_backends.runtime.gpu.kv import PagedKv, plan_kv
 from python_backends.runtime.gpu.launch import DTYPES, Device, Launch, Operation, Recording, Tensor
 from python_backends.runtime.gpu.pages import PAGE_TOKENS
 from python_backends.runtime.gpu.products import KernelProducts
-from python_backends.runtime.gpu.program import MAX_TOP_N, Program
+from python_backends.runtime.gpu.program import Products, Program
 from python_backends.runtime.rows import join_rows, single_row
 
 MAX_LOGIT_ROWS = 64
@@ -59,19 +60,27 @@ class GpuDecoder:
         model: sizes from the manifest.
         weights: on the device.
         options: limits.
+        make_products: what computes between two attentions.
 
     Raises:
         ArtifactError: weights of another model, or kernels that are not there for this GPU.
         ConfigError: the memory does not suffice.
     """
 
-    def __init__(self, device: Device, model: ModelShape, weights: DeviceWeights, options: GpuOptions) -> None:
+    def __init__(
+        self,
+        device: Device,
+        model: ModelShape,
+        weights: DeviceWeights,
+        options: GpuOptions,
+        make_products: Callable[[Device, ModelShape, DeviceWeights, int], Products] = KernelProducts,
+    ) -> None:
         self._device, self._model = device, model
         tokens = max(options.prefill_chunk, options.num_slots * DECODE_POSITIONS, DECODE_POSITIONS)
         self._tokens = 1 << (tokens - 1).bit_length()
         dtype = options.kv_dtype or weights.activation
-        products = KernelProducts(device, model, weights, self._tokens)
-        self.program = Program(device, model, weights, products, self._tokens, MAX_LOGIT_ROWS)
+        self.products = make_products(device, model, weights, self._tokens)
+        self.program = Program(device, model, weights, self.products, self._tokens, MAX_LOGIT_ROWS)
         free = options.memory_limit - device.allocated_bytes
         sizes = plan_kv(model, options.num_slots, options.max_context_length, free, dtype)
         self.kv = PagedKv(device, model, sizes, dtype, options.block_tokens)
@@ -120,6 +129,16 @@ class GpuDecoder:
                 raise InternalError(f"a chunk of {bucket.tokens} tokens; this decoder was made for {self._tokens}")
             return join_rows([self._step(single_row(inputs, row), want_logits) for row in range(rows)])
         return self._step(inputs, want_logits)
+
+    def launches(self, buckets: Collection[Bucket]) -> list[Launch]:
+        """The kernels of the steps of some buckets; those of layers that several share, once."""
+        words = self.program.mask_words
+        steps: list[Launch | Operation] = []
+        for body in {bucket.body for bucket in buckets}:
+            steps += self.program.layers(body, StepLayout(body, words))
+        for bucket in buckets:
+            steps += self.program.head(bucket, StepLayout(bucket, words))
+        return [step for step in steps if isinstance(step, Launch)]
 
     def _step(self, inputs: StepInputs, want_logits: bool) -> StepOutputs:
         bucket = bucket_of(inputs)
@@ -264,7 +283,9 @@ class GpuDecoder:
     def close(self) -> None:
         """Free everything on the device."""
         self._device.activate()
+        self._device.synchronize()
         self.recordings.clear()
+        self.products.close()
         self._device.close()
 
 

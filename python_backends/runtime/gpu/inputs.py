@@ -18,7 +18,8 @@ from python_backends.runtime.gpu.launch import Tensor
 DECODE_POSITIONS = 8
 """Most positions of a row that the decode kernels take: the next token and drafts."""
 _FIELD_WORDS = 16
-_SMALLEST_CHUNK = 64
+SMALLEST_CHUNK = 64
+"""Positions that a shorter chunk of a prompt is padded to."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def bucket_of(inputs: StepInputs) -> Bucket:
     adjusted = 0 if inputs.adjust_ids is None else inputs.adjust_ids.shape[1]
     return Bucket(
         rows=_power(rows),
-        positions=_power(positions) if positions <= DECODE_POSITIONS else max(_SMALLEST_CHUNK, _power(positions)),
+        positions=_power(positions) if positions <= DECODE_POSITIONS else max(SMALLEST_CHUNK, _power(positions)),
         wanted=_power(inputs.logit_positions.shape[1]),
         images=inputs.image_index is not None and bool((inputs.image_index >= 0).any()),
         random=bool((inputs.temperature > 0).any()),

@@ -56,7 +56,7 @@ class InterpreterDevice:
         if type(kernel).__name__ != "InterpretedFunction":
             raise InternalError("Triton-lang was imported before TRITON_INTERPRET was set")
         args = [_argument(arg) for arg in launch.args]
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), np.errstate(over="ignore"):  # what is too large is infinite, as on a GPU
             # Loop bounds read on the device: the interpreter converts them in a way that NumPy will refuse one day.
             warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0", DeprecationWarning)
             kernel[launch.grid](*args, **launch.constants)

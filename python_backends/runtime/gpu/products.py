@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from python_backends.manifest import ModelShape
 from python_backends.runtime.gpu.device_weights import DeviceWeights, Matrix
-from python_backends.runtime.gpu.kernels import linear, norm
+from python_backends.runtime.gpu.kernels import linear, linear_config, norm
 from python_backends.runtime.gpu.kernels.norm import Quantized
 from python_backends.runtime.gpu.launch import Device, Launch, Operation, Tensor
 from python_backends.runtime.gpu.weights import Names
@@ -35,7 +35,7 @@ class KernelProducts:
         self._qkv = device.allocate(act, max_tokens, self._packed)
         self._sublayer = device.allocate(act, max_tokens, hidden)
         self._gated = device.allocate(act, max_tokens, self._intermediate)
-        few = min(max_tokens, linear.SKINNY_TOKENS)
+        few = min(max_tokens, linear_config.SKINNY_TOKENS)
         self._parts = device.allocate("fp32", _MAX_PARTS, few, max(self._packed, hidden))
         self._eight_bits = {
             dtype: (device.allocate(dtype, max_tokens, widest), device.allocate("fp32", max_tokens))
@@ -84,12 +84,18 @@ class KernelProducts:
         head = self._weights.matrix(name, self._model.hidden_size)
         return list(linear.product(head, normed, logits, capability=self._capability))
 
+    def save(self) -> None:
+        """See `Products.save`: kernels are kept where they are compiled."""
+
+    def close(self) -> None:
+        """See `Products.close`: all of it is the device's."""
+
     def _qkv_product(self, layer: int, tokens: int, x: Activations) -> tuple[list[Step], Tensor]:
         return self._product(self._matrix(layer, Names.QKV, self._model.hidden_size), x, self._qkv, tokens)
 
     def _product(self, matrix: Matrix, x: Activations, whole: Tensor, tokens: int) -> tuple[list[Step], Tensor]:
         """A product, and where it lies: in ``whole``, or in parts that the next kernel adds up."""
-        parts = min(_MAX_PARTS, linear.split_parts(matrix, tokens, self._capability))
+        parts = min(_MAX_PARTS, linear_config.split_parts(matrix, tokens, self._capability))
         output = self._parts.view(0, parts, tokens, matrix.rows) if parts > 1 else whole.view(0, tokens, matrix.rows)
         return list(linear.product(matrix, x, output, capability=self._capability)), output
 

@@ -6,26 +6,40 @@ attentions is `Products`' matter: kernels of ours, or TensorRT plans that take t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from python_backends.errors import InternalError
+from python_backends.errors import ArtifactError, InternalError
 from python_backends.manifest import ModelShape
 from python_backends.runtime.gpu.device_weights import DeviceWeights
 from python_backends.runtime.gpu.inputs import DECODE_POSITIONS, Bucket, StepLayout
-from python_backends.runtime.gpu.kernels import choice, decode_attention, embed, norm, prefill_attention, rope
+from python_backends.runtime.gpu.kernels import (
+    adjust,
+    attention_mass,
+    choice,
+    decode_attention,
+    decode_splits,
+    embed,
+    most_likely,
+    norm,
+    prefill_attention,
+    ranking,
+    rope,
+    sampling,
+)
+from python_backends.runtime.gpu.kernels.most_likely import MAX_TOP_N
 from python_backends.runtime.gpu.kernels.paging import LayerKv, Rows
 from python_backends.runtime.gpu.kv import PagedKv
 from python_backends.runtime.gpu.launch import Device, Launch, Operation, Tensor
 from python_backends.runtime.gpu.weights import Names
 
-MAX_TOP_N = 32
-"""Most likely tokens that the kernel reports; more are sorted on the host."""
 _INPUT_WORDS = 1 << 20
 """Room for a step's small arrays beside its masks."""
+
+_CHANGES = ("adjust_ids", "adjust_factor", "adjust_bias", "token_mask")
 
 Step = Launch | Operation
 
@@ -46,6 +60,14 @@ class Products(Protocol):
 
     def logits(self, normed: Tensor, logits: Tensor) -> list[Step]:
         """Rows [R, D] → float32 [R, V]."""
+        ...
+
+    def save(self) -> None:
+        """Keep what was compiled while the steps were recorded."""
+        ...
+
+    def close(self) -> None:
+        """Free what is not the device's memory; nothing that was issued may still run."""
         ...
 
 
@@ -74,7 +96,16 @@ class Program:
         max_tokens: int,
         max_logit_rows: int,
     ) -> None:
-        """Allocates everything but the KV."""
+        """Allocates everything but the KV.
+
+        Raises:
+            ArtifactError: a vocabulary that the sampling kernels cannot number.
+            ConfigError: no such memory is left.
+        """
+        if model.vocab_size > ranking.MAX_VOCABULARY:
+            raise ArtifactError(
+                f"{model.vocab_size} tokens in the vocabulary; a GPU draws from {ranking.MAX_VOCABULARY}"
+            )
         self._device, self._model, self._weights, self._products = device, model, weights, products
         width, act = model.num_heads * model.head_dim, weights.activation
         self.mask_words = -(-model.vocab_size // 32)
@@ -87,7 +118,9 @@ class Program:
         self._logits = device.allocate("fp32", max_logit_rows, model.vocab_size)
         self._adjusted = device.allocate("fp32", max_logit_rows, model.vocab_size)
         self._results = device.allocate("i32", 2 * (max_logit_rows + 4) * (1 + MAX_TOP_N))
-        self._choice_scratch = choice.Scratch.allocate(device, max_logit_rows, model.vocab_size)
+        self._pieces = choice.Scratch.allocate(device, max_logit_rows, model.vocab_size)
+        self._drawing = sampling.Scratch.allocate(device, max_logit_rows)
+        self._ranks = most_likely.allocate_scratch(device, max_logit_rows, model.vocab_size)
         self._features = device.allocate("fp32", max_tokens if model.image else 1, model.hidden_size)
         global_layers = [layer for layer, kind in enumerate(model.layer_types) if kind == "global"]
         self._observed = global_layers[len(global_layers) // 2]
@@ -104,8 +137,8 @@ class Program:
                 layer = LayerKv(kv.local_pool, kv.local_table, counts[kind], model.sliding_window)
             counts[kind] += 1
             self._layers.append(layer)
-        tiles = decode_attention.mass_tiles(self._layers[self._observed])
-        self._scratch = decode_attention.Scratch.allocate(
+        tiles = decode_splits.mass_tiles(self._layers[self._observed])
+        self._scratch = decode_splits.Scratch.allocate(
             self._device, max_rows * DECODE_POSITIONS, model.num_heads, model.head_dim, max_rows, tiles
         )
         self._masses = self._device.allocate("fp32", max_rows, kv.global_table.shape[1])
@@ -206,7 +239,7 @@ class Program:
             )
         ]
         wants_mass = bucket.mass and layer == self._observed
-        mass = decode_attention.Mass(self._masses.view(0, bucket.rows, self._masses.shape[1]), kv.page_tokens)
+        mass = attention_mass.Mass(self._masses.view(0, bucket.rows, self._masses.shape[1]), kv.page_tokens)
         if bucket.is_decode:
             steps += decode_attention.decode_attention(
                 query, kv, rows, output, self._scratch, capability=capability, mass=mass if wants_mass else None
@@ -226,20 +259,40 @@ class Program:
     # --- the head ---------------------------------------------------------------------------------------------
 
     def head(self, bucket: Bucket, layout: StepLayout) -> list[Step]:
-        """From the stream to tokens and their log-probabilities."""
+        """From the stream to tokens and their log-probabilities.
+
+        A greedy step reads the logits once; adjustments, draws and the most likely tokens are launches of their own.
+        """
         inputs, results, model = layout.tensors(self._words), self.results(bucket), self._model
         stream = self.stream.view(0, bucket.tokens, model.hidden_size)
         normed = self._normed.view(0, bucket.logit_rows, model.hidden_size)
         gamma = self._weights.vector(Names.NORM)
-        return [
+        steps: list[Step] = [
             norm.gather_norm(stream, inputs["logit_positions"], gamma, normed, epsilon=self._weights.epsilon),
             *self._products.logits(normed, results.logits),
-            *choice.choose(
-                results.logits,
+        ]
+        chosen_from = results.logits
+        if bucket.adjustments or bucket.masked:
+            chosen_from = self._adjusted.view(0, bucket.logit_rows, model.vocab_size)
+            changes = {name: inputs[name] for name in _CHANGES if name in inputs}
+            steps += adjust.adjust(results.logits, chosen_from, bucket.wanted, **changes)
+        steps.append(choice.largest(results.logits, chosen_from, self._pieces))
+        if bucket.random:
+            filters = sampling.Filters(*(inputs[field.name] for field in fields(sampling.Filters)))
+            steps += sampling.draw(chosen_from, self._pieces.bests, inputs["targets"], filters, self._drawing)
+        steps.append(
+            choice.choose(
                 results.logits,
                 inputs["targets"],
-                self._choice_scratch,
+                self._pieces,
                 results.next_token,
                 results.logprob,
-            ),
-        ]
+                drawn=self._drawing.drawn if bucket.random else None,
+                temperature=inputs.get("temperature"),
+            )
+        )
+        if results.top_ids and results.top_logprobs:
+            steps += most_likely.most_likely(
+                results.logits, self._pieces, self._ranks, results.top_ids, results.top_logprobs
+            )
+        return steps

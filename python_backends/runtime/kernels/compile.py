@@ -38,7 +38,7 @@ def library(variant: Variant) -> Path:
         InternalError: no compiler, or one that fails; the message says what to do.
     """
     compiler = _compiler()
-    folder = _cache_folder()
+    folder = kernel_folder()
     path = folder / f"kernels-{variant}-{_key(compiler)}.so"
     if path.is_file() and _ours(path):
         return path
@@ -99,7 +99,7 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _cache_folder() -> Path:
+def kernel_folder() -> Path:
     """A folder that only this user can write: what lies there is loaded as code."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wicore" / "kernels"
     for folder in (home, Path(tempfile.gettempdir()) / f"wicore-{os.geteuid()}"):

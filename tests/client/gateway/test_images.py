@@ -105,6 +105,7 @@ def test_what_is_wrong_is_said_before_a_pixel_is_decoded(
         read(*sources)
 
 
+@pytest.mark.effect("image_hosts")
 def test_addresses_are_fetched_from_named_hosts_alone(host: str) -> None:
     allowed = replace(LIMITS, image_hosts=" 127.0.0.1 , example.org")
     assert read(f"{host}/picture.png", as_text(png()), config=allowed) == [png(), png()]

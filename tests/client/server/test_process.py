@@ -86,8 +86,26 @@ def test_only_loopback_listens_and_admin_apis_are_shut(counter: Server) -> None:
     shut = ["/v2/logging", "/v2/trace/setting", "/v2/systemsharedmemory/status"]
     assert get(index, post=b"")[0] == 403
     assert [get(counter.addresses.http + path)[0] for path in shut] == [403] * 3
-    key = {ADMIN_HEADER: counter.options.admin_key}
-    assert get(index, post=b"", headers=key)[0] == 200
+    (shown,) = [part for part in psutil.Process(counter.pid).cmdline() if "restricted-api" in part]
+    assert get(index, post=b"", headers={ADMIN_HEADER: shown.rpartition("=")[2].strip()})[0] == 403
+
+
+def test_a_key_opens_the_admin_apis_and_is_not_in_the_process_list(options: ServerOptions) -> None:
+    secret = "a-key-that-nobody-may-read"
+    add_counter(options.repository)
+    with Server(dataclasses.replace(options, admin_key=secret)) as counter:
+        index = f"{counter.addresses.http}/v2/repository/index"
+        key = {ADMIN_HEADER: secret}
+        assert get(index, post=b"")[0] == get(index, post=b"", headers={ADMIN_HEADER: "*" * len(secret)})[0] == 403
+        assert get(index, post=b"", headers=key)[0] == 200
+        processes = processes_of(counter)
+        assert secret not in " ".join(part for process in processes for part in process.cmdline())
+        assert all(secret not in process.environ().values() for process in processes)
+        assert secret not in counter.log_path.read_text(encoding="utf-8")
+        check_that_nothing_unloads(counter, key)
+
+
+def check_that_nothing_unloads(counter: Server, key: dict[str, str]) -> None:
     # Even with the key no model can be loaded or unloaded.
     status, body = get(f"{counter.addresses.http}/v2/repository/models/counter/unload", post=b"{}", headers=key)
     assert status != 200

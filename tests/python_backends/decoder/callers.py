@@ -59,6 +59,9 @@ class Caller:
     def tokens_of(self, index):
         return [token for piece in self.answer(index) for token in piece.token_ids]
 
+    def logprobs_of(self, index):
+        return [value for piece in self.answer(index) for value in piece.logprobs]
+
     @property
     def tokens(self):
         return self.tokens_of(0)

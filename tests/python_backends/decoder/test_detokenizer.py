@@ -44,6 +44,36 @@ def test_an_emoji_in_four_tokens_comes_with_the_last(tokenizer):
     assert [detokenizer.add(value) for value in "😀".encode()] == ["", "", "", "😀"]
 
 
+TEXTS = {
+    "Devanagari": "नमस्ते दुनिया, क्षत्रिय श्री",
+    "Chinese": "你好,世界。龘",
+    "emoji": "👩‍👩‍👧‍👦 🇮🇳 👍🏽",
+    "accents": "e\u0301 ñ ﷺ",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("known", [False, True], ids=["bytes", "tokens and bytes"])
+def test_scripts_come_out_whole_character_by_character(text, known):
+    """As bytes alone, and where every other character has a token of its own between the others' bytes."""
+    pieces = {"▁": 256} | (
+        {char: 257 + number for number, char in enumerate(sorted({*text} - {" "})[::2])} if known else {}
+    )
+    built = Tokenizer(models.BPE(dict(BYTES) | pieces, [], byte_fallback=True, fuse_unk=True))
+    built.normalizer = normalizers.Replace(" ", "▁")
+    built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    ids = built.encode(text).ids
+    detokenizer, shown = Detokenizer(built), ""
+    for count, token in enumerate(ids, 1):
+        shown += detokenizer.add(token)
+        complete = b"".join(
+            bytes([int(piece[3:5], 16)]) if piece.startswith("<0x") else piece.replace("▁", " ").encode()
+            for piece in map(built.id_to_token, ids[:count])
+        ).decode(errors="ignore")
+        assert shown == complete, "every character comes with its last byte"
+    assert shown + detokenizer.finish() == text
+
+
 def test_an_unfinished_character_is_shown_as_replacement_at_the_end(tokenizer):
     detokenizer = Detokenizer(tokenizer)
     assert detokenizer.add(0xE4) == ""

@@ -94,6 +94,59 @@ def test_a_stop_request_and_a_cancelled_call_free_their_slots(engine):
     engine.check_integrity()
 
 
+class Slow:
+    """A runtime's steps, counted when they begin, that take a given time at least."""
+
+    def __init__(self, runtime, seconds):
+        self.begun, self._step, self._seconds = 0, runtime.step, seconds
+        runtime.step = self
+
+    def __call__(self, inputs, **options):
+        self.begun += 1
+        time.sleep(self._seconds)
+        return self._step(inputs, **options)
+
+
+def test_a_stop_and_a_cancelled_call_free_the_slot_within_one_step(tokenizer):
+    runtime = decoder(tiny("1b"), num_slots=1, context=4096)
+    steps = Slow(runtime, 0.2)
+    engine = Engine(runtime, tokenizer, Config())
+    for stopping in ("request", "call"):
+        caller = Caller(prompt(1, 10), request_id="one", max_tokens=4000).to(engine)
+        while len(caller.tokens) < 3:
+            time.sleep(0.001)
+        before = steps.begun  # the step that runs now is among them
+        if stopping == "request":
+            assert engine.stop("one")
+        else:
+            caller.cancelled = True
+        assert caller.wait().last.finish_reason == "cancelled"
+        assert engine.idle
+        assert steps.begun <= before + 1
+    engine.close()
+
+
+def test_answers_are_written_while_the_next_steps_run(tokenizer):
+    runtime = decoder(tiny("1b"), num_slots=1, context=256)
+    steps, overlapped = Slow(runtime, 0.001), []
+
+    class Detained(Caller):
+        """Does not return from its first pieces before a whole step has gone by."""
+
+        def receive(self, piece):
+            first, deadline = steps.begun, time.monotonic() + 20
+            while len(overlapped) < 3 and steps.begun < first + 2 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            overlapped.append(steps.begun - first)
+            super().receive(piece)
+
+    engine = Engine(runtime, tokenizer, Config(max_draft=0))
+    caller = Detained(prompt(1, 10), max_tokens=40).to(engine).wait()
+    assert min(overlapped[:3]) >= 2, "the engine waited for the answer to be written"
+    assert caller.tokens == alone(engine, prompt(1, 10), max_tokens=40).tokens
+    engine.close()
+
+
 def test_a_stop_reaches_a_request_that_comes_after_it(engine):
     assert not engine.stop("early")
     with pytest.raises(CancelledError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 
 import numpy as np
@@ -298,6 +299,38 @@ def test_a_picture_whose_kv_is_lost_after_all_is_encoded_then(open_engine, fail)
         return
     assert caller.tokens == first.tokens
     assert (asking.encoded, missed(caller)) == (4, "lost")
+
+
+def test_a_picture_behind_what_is_left_of_a_hit_is_encoded_then(open_engine):
+    """Look-up counts on both pictures; then the second one's tail turns out to be lost, and the first one's is not."""
+    folder = tiny("4b")
+    engine, cache = open_engine("4b", folder="tier", mover=Mover)
+    item = random_prompt(folder, np.random.default_rng(3), text=60, pictures=2)
+    asking = Pictured(engine, vision(folder))
+    first = asking.ask(item).to(engine).wait()
+    while not engine.idle:
+        time.sleep(0.001)
+    for source, target in (("device", "host"), ("host", "nvme")):
+        demote(cache, keys_of(cache), source, target)
+    store, begin = cache._stores["nvme"], threading.Event()
+    read_many = store.read_many
+
+    def read_later(items):
+        assert begin.wait(10)
+        return read_many(items)
+
+    store.read_many = read_later
+    caller = asking.ask(item)
+    assert asking.encoded == 2, "both are counted on"
+    behind_first = item.spans[0][1]
+    for key in keys_of(cache):
+        if key.kind == "tail" and key.position > behind_first:
+            store.drop(key)
+    begin.set()
+    caller.to(engine).wait()
+    assert caller.tokens == first.tokens
+    assert cached(caller, "nvme") == behind_first
+    assert asking.encoded == 4
 
 
 def test_two_requests_with_embeddings_alone_share_by_their_content(open_engine):

@@ -12,7 +12,7 @@ from python_backends.decoder.engine import Engine
 from python_backends.decoder.parameters import Parameters
 from python_backends.decoder.sequence import Request, make_sequence
 from python_backends.decoder.tools import Tool
-from python_backends.errors import InvalidParameterError, ServerUnavailableError
+from python_backends.errors import InvalidParameterError, OverloadedError, ServerUnavailableError
 from tests.checkpoints import tiny
 from tests.driver import decoder
 from tests.python_backends.decoder.callers import Caller, alone, prompt, word_tokenizer
@@ -100,6 +100,18 @@ def test_more_answers_than_can_wait_are_refused_as_such():
         Caller(prompt(0, 9), n=6).to(engine)
     several = Caller(prompt(0, 9), n=5).to(engine).wait()
     assert all(len(several.tokens_of(index)) == 8 for index in range(5))
+    engine.close()
+
+
+def test_answers_that_wait_for_a_shared_beginning_have_their_places_in_the_queue():
+    runtime = decoder(tiny("1b"), num_slots=2, context=512)
+    engine = Engine(runtime, word_tokenizer(), Config(max_queue=3, prefill_chunk=8))
+    several = Caller(prompt(0, 400), n=5).to(engine)  # fills both slots and the queue, once its prompt is computed
+    with pytest.raises(OverloadedError):
+        Caller(prompt(1, 9)).to(engine)
+    while not several.pieces:
+        engine.check_integrity()
+    several.wait()
     engine.close()
 
 

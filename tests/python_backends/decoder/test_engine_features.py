@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from python_backends.config import Config
+from python_backends.decoder.drafts import StepCost
 from python_backends.decoder.engine import Engine
 from python_backends.decoder.grammar import GrammarCompiler
 from python_backends.decoder.token_bytes import TokenBytes
@@ -63,6 +64,46 @@ def test_drafts_change_no_token(open_engine, sampled):
     assert counts["accepted_tokens"] > 0
     assert counts["accepted_tokens"] < counts["drafted_tokens"], "the test must see rejected drafts as well"
     assert plain.stats.read()["drafted_tokens"] == 0
+
+
+class HalfMoreForEachToken(StepCost):
+    """Costs that do not depend on who else uses the machine."""
+
+    def observe(self, rows, width, seconds):
+        super().observe(rows, width, 1 + 0.5 * (width - 1))
+
+
+def test_drafts_that_slow_the_others_down_more_than_they_gain_are_not_made(open_engine):
+    drafting = open_engine(Config(prefill_chunk=16, max_draft=4))
+    drafting._postprocessor.cost = HalfMoreForEachToken()
+    same = {"logit_bias": ((77, 100.0),), "max_tokens": 80}  # every draft is right
+    assert set(alone(drafting, [77] * 8, **same).tokens) == {77}
+    by_itself = drafting.stats.read()["accepted_tokens"]
+    # Penalties exclude drafts, so three rows only pay for them.
+    others = [Caller(prompt(seed, 8), presence_penalty=0.1, max_tokens=150).to(drafting) for seed in range(3)]
+    wait_until(lambda: all(caller.tokens for caller in others))
+    assert set(alone(drafting, [77] * 8, **same).tokens) == {77}
+    assert not any(caller.ended.is_set() for caller in others)
+    assert by_itself > 30
+    assert drafting.stats.read()["accepted_tokens"] - by_itself < 10
+
+
+def test_in_float32_nobodys_drafts_change_a_bit(open_engine):
+    """Log-probabilities of the drawn tokens: one at a time without drafts, and in a crowd of which half drafts."""
+    plain = open_engine(slots=1)
+    crowded = open_engine(Config(prefill_chunk=16, max_draft=4, quantum_tokens=9), slots=5)
+    cases = []
+    for seed in range(10):
+        ids = repeating(seed, 50)
+        bias = tuple((token, 12.0) for token in ids[:3])
+        cases.append((ids, {"max_tokens": 150, "logit_bias": bias} if seed % 2 else {"max_tokens": 150}))
+    callers = [Caller(ids, **parameters).to(crowded) for ids, parameters in cases]
+    for caller, (ids, parameters) in zip(callers, cases, strict=True):
+        expected = alone(plain, ids, **parameters)
+        assert caller.wait().tokens == expected.tokens
+        assert caller.logprobs_of(0) == expected.logprobs_of(0)
+    counts = crowded.stats.read()
+    assert 0 < counts["accepted_tokens"] < counts["drafted_tokens"]
 
 
 def test_set_aside_sequences_answer_as_if_alone(open_engine):

@@ -1,7 +1,7 @@
 """The scheduler alone: random arrivals, ends and steps, with every invariant checked after each."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -107,7 +107,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.follow_moves(step)
         self.count_overtakes(before, step)
         assert [row.slot for row in step.rows] == sorted({row.slot for row in step.rows})
-        assert any(row.count for row in step.rows), "a step does something"
+        assert all(row.count for row in step.rows), "every row does something"
         for row in step.rows:
             assert self.slots.setdefault(row.slot, row.sequence_id) == row.sequence_id, "another's cache is in the slot"
             assert row.start == self.done[row.sequence_id]
@@ -215,6 +215,69 @@ def test_a_stream_of_short_requests_cannot_starve_a_long_one():
     assert order.index(1) == 3
 
 
+arrivals = st.lists(
+    st.tuples(
+        st.integers(0, 30),  # steps after the one before
+        st.integers(1, 40),  # prompt
+        st.integers(-2, 2),  # priority
+        st.integers(0, 99),  # size
+        st.integers(1, 25),  # tokens of the answer
+    ),
+    min_size=2,
+    max_size=20,
+)
+BUDGET, LONGEST_PROMPT, LONGEST_ANSWER = 8, 40, 25
+
+
+def longest_waits(scheduler, coming, steps):
+    """For every time a sequence was without a slot: (steps it took, sequences that waited already when it began)."""
+    coming = [list(each) for each in coming]
+    left, waiting, waits = {}, {}, []
+    for now in range(steps):
+        while coming and coming[0][0] == 0:
+            _, length, priority, size, tokens = coming.pop(0)
+            sequence = len(left) + 1
+            waiting[sequence] = (now, len(scheduler.waiting))
+            scheduler.add(sequence, length, priority=priority, size=size)
+            left[sequence] = tokens
+        if coming:
+            coming[0][0] -= 1
+        before = len(scheduler.waiting)
+        step = scheduler.schedule(BUDGET)
+        for sequence in scheduler.waiting:
+            waiting.setdefault(sequence, (now, before))  # it was set aside
+        for sequence in scheduler.running:
+            if sequence in waiting:
+                since, ahead = waiting.pop(sequence)
+                waits.append((now - since, ahead))
+        for row in step.rows if step else ():
+            scheduler.computed(row)
+            left[row.sequence_id] -= row.samples
+            if not left[row.sequence_id]:
+                scheduler.remove(row.sequence_id)
+        scheduler.check_integrity()
+    return waits + [(steps - since, ahead) for since, ahead in waiting.values()]
+
+
+@settings(deadline=None)
+@given(coming=arrivals, slots=st.integers(1, 4), overtakes=st.integers(0, 4), quantum=st.sampled_from([None, 1, 7]))
+def test_a_wait_is_bounded_whatever_the_priorities_where_answers_end(coming, slots, overtakes, quantum):
+    scheduler = Scheduler(slots, 99, overtakes, quantum)
+    between = 2 * slots * -(-LONGEST_PROMPT // BUDGET) + LONGEST_ANSWER + 1  # steps from one admission to the next
+    for wait, ahead in longest_waits(scheduler, coming, 1500):
+        assert wait <= (ahead + overtakes + 1) * between
+
+
+@settings(deadline=None)
+@given(coming=arrivals, slots=st.integers(1, 4), overtakes=st.integers(0, 4), quantum=st.integers(1, 9))
+def test_a_wait_is_bounded_by_the_quantum_where_answers_never_end(coming, slots, overtakes, quantum):
+    scheduler = Scheduler(slots, 99, overtakes, quantum)
+    endless = [(after, length, 0, size, -1) for after, length, _, size, _ in coming]
+    between = 2 * slots * -(-LONGEST_PROMPT // BUDGET) + quantum + 1
+    for wait, ahead in longest_waits(scheduler, endless, 1500):
+        assert wait <= (ahead + overtakes + 1) * between
+
+
 @pytest.mark.parametrize(("sequences", "slots"), [(2, 1), (3, 1), (7, 2), (20, 16)])
 def test_endless_sequences_share_slots_by_being_set_aside(sequences, slots):
     scheduler = Scheduler(slots, 99, quantum=5)
@@ -256,6 +319,41 @@ def test_idle_rows_between_far_slots_are_closed_up():
     step = scheduler.schedule(4)
     assert [(move.sequence_id, move.slot) for move in (*step.set_aside, *step.resume)] == [(7, 7), (7, 1)]
     assert [row.slot for row in step.rows] == [0, 1]
+
+
+@settings(deadline=None)
+@given(slots=st.integers(1, 24), data=st.data())
+def test_padding_falls_to_one_half_in_as_many_steps_as_there_are_slots(slots, data):
+    """Whoever ends; nobody else comes."""
+    scheduler = Scheduler(slots, 0)
+    for sequence in range(slots):
+        scheduler.add(sequence, 1)
+    run(scheduler, 2 * slots)
+    kept = data.draw(st.sets(st.integers(0, slots - 1), min_size=1))
+    for sequence in set(range(slots)) - kept:
+        scheduler.remove(sequence)
+    for left in reversed(range(slots)):
+        step = scheduler.schedule(4)
+        scheduler.check_integrity()
+        padded = step.rows[-1].slot - step.rows[0].slot + 1
+        assert len(step.rows) == len(kept)
+        assert left or padded <= 2 * len(kept)
+        for row in step.rows:
+            scheduler.computed(row)
+
+
+def test_prompts_that_wait_for_their_turn_cost_a_decode_step_no_rows():
+    scheduler = Scheduler(8, 0)
+    for sequence in range(8):
+        scheduler.add(sequence, 20)
+    widths = []
+    for _ in range(10):
+        step = scheduler.schedule(20)
+        if step.kind == "decode":
+            widths.append((len(step.rows), step.rows[-1].slot - step.rows[0].slot + 1))
+        for row in step.rows:
+            scheduler.computed(row)
+    assert widths == [(count, count) for count in range(1, 6)]
 
 
 def test_a_shared_beginning_ends_a_chunk_and_computed_tokens_are_moved_in():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from python_backends.kv.blocks import EntryKey, Move, Tier, TierLimits
 from python_backends.kv.cache import KvCache
@@ -26,6 +29,8 @@ def open_cache(
     policy: str = "a2cr",
     fingerprint: str = "weights",
     quota: int | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **nvme_options: Any,
 ) -> KvCache:
     """Without ``mover`` every move is over when the call that began it returns."""
     alignment = alignment_for(layout.block_bytes)
@@ -42,6 +47,7 @@ def open_cache(
             block_bytes=layout.block_bytes,
             largest_bytes=layout.largest_tail_bytes,
             free_floor_bytes=0,
+            **nvme_options,
         )
     limits = {tier: TierLimits(store.usable_bytes) for tier, store in stores.items()}
     manager = KvManager(
@@ -51,7 +57,9 @@ def open_cache(
         quota_bytes=quota,
     )
     sessions = folder and folder / "sessions.json"
-    return KvCache(layout, fingerprint, manager, stores, memory, mover and mover(stores), session_file=sessions)
+    return KvCache(
+        layout, fingerprint, manager, stores, memory, mover and mover(stores), clock=clock, session_file=sessions
+    )
 
 
 def demote(cache: KvCache, keys: tuple[EntryKey, ...], source: Tier, target: Tier) -> None:
@@ -59,8 +67,8 @@ def demote(cache: KvCache, keys: tuple[EntryKey, ...], source: Tier, target: Tie
     for key in keys:
         move = Move(key, source, target, "demote")
         with cache.lock:
-            assert cache._begun([move]) == [move]
-        cache._run(move, 0, 60.0, inline=True)
+            assert cache._carrier.begin([move]) == [move]
+        cache._carrier.run(move, 0, 60.0, inline=True)
         assert cache._stores[target].contains(key)
         assert not cache._stores[source].contains(key)
 

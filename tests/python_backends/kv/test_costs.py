@@ -10,6 +10,17 @@ def speeds(disk, memory=1e9):
     return LinkSpeeds({DISK: disk, MEMORY: memory})
 
 
+def test_a_link_that_was_slow_is_tried_again_after_a_while():
+    now = [0.0]
+    found = LinkSpeeds({DISK: 1e9}, clock=lambda: now[0])
+    found.record(DISK, 2**20, 2**20 / 1e4)
+    assert found.bytes_per_s(DISK) == pytest.approx(1e4)
+    now[0] += 60
+    assert found.bytes_per_s(DISK) == pytest.approx(2e4, rel=1e-3)
+    now[0] += 1800
+    assert found.bytes_per_s(DISK) == pytest.approx(1e9, rel=1e-3)
+
+
 def plan(blocks, tail, tokens_per_s, found):
     return choose(blocks, tail, tokens=64 * len(blocks), block_tokens=64, tokens_per_s=tokens_per_s, speeds=found)
 
@@ -50,7 +61,8 @@ def test_what_is_in_place_costs_nothing():
 
 
 def test_bandwidth_follows_what_was_measured_last():
-    found = LinkSpeeds()
+    now = [0.0]
+    found = LinkSpeeds(clock=lambda: now[0])
     before = found.bytes_per_s(DISK)
     assert found.bytes_per_s(MEMORY) > before
     for _ in range(100):

@@ -161,6 +161,23 @@ def test_prefetch_copies_up_in_prompt_order_and_only_what_fits() -> None:
     kept.check_integrity()
 
 
+def test_what_a_request_waits_for_takes_the_place_of_what_is_worth_least() -> None:
+    kept = manager(device=8, nvme=50, tails=False)
+    ids, pinned, other = prompt(20), prompt(8, first=1), prompt(24, first=2)
+    kept.recover([ids.block_key(index, 1) for index in range(5)], "nvme", 0.0)
+    kept.pin(keep(kept, pinned, 1.0))
+    keep(kept, other, 2.0)
+    moves = kept.plan_prefetch(found(kept, ids).keys, "device", 3.0)
+    dropped = [move.key for move in moves if move.target is None]
+    assert dropped == [other.block_key(index, 1) for index in (5, 4, 3, 2, 1)], "deepest first, and no more than needed"
+    assert all(kept.begin(move, 3.0) for move in moves)
+    for move in moves:
+        kept.finish(move, 3.0, ok=True)
+    assert found(kept, ids).block_tiers == ("device",) * 5
+    assert (found(kept, pinned).length, found(kept, other).length) == (8, 4)
+    kept.check_integrity()
+
+
 def test_a_quota_makes_a_salt_evict_its_own() -> None:
     kept = manager(device=10)
     kept.set_quota(salt_hash("mine"), 2)

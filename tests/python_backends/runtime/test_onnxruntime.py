@@ -120,9 +120,10 @@ def test_idle_rows_keep_their_caches(whole):
     runtime, _, _, _ = whole
     runtime.step(step_inputs(0, [tokens_of(1, 30), tokens_of(2, 40), tokens_of(3, 3)], [0, 0, 0]))
     before = {name: cache.copy() for name, cache in runtime._slots.buffers.items()}
-    # Rows 0 and 2 are idle, with and without a past, in a prefill and in a decode step.
+    # Rows 0 and 2 are idle, whatever the step says of their past, in a prefill and in decode steps.
     runtime.step(step_inputs(0, [[], tokens_of(4, 17), []], [30, 40, 0]))
     runtime.step(step_inputs(0, [[], [5], []], [30, 57, 3]))
+    runtime.step(step_inputs(0, [[], [6], []], [0, 58, 0]))
     for name, cache in runtime._slots.buffers.items():
         np.testing.assert_array_equal(cache[[0, 2, 3]], before[name][[0, 2, 3]])
         assert not np.array_equal(cache[1], before[name][1])

@@ -29,6 +29,11 @@ def settings(server: Server, repository: Path) -> GatewaySettings:
 @pytest.fixture(scope="session")
 def gateway(settings: GatewaySettings) -> Iterator[Gateway]:
     """Running and, at the end, still the same process."""
+    yield from run(settings)
+
+
+def run(settings: GatewaySettings) -> Iterator[Gateway]:
+    """A gateway for a fixture."""
     running = Gateway(settings)
     running.start()
     yield running

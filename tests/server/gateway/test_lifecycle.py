@@ -1,17 +1,9 @@
-"""The gateway under `wicore serve`: what is ready, what dies, and an end that loses no answer."""
+"""What the gateway says of its own state and its server's."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -21,9 +13,7 @@ from client.server import Server
 from client.server.gateway import Gateway
 from tests.server.conftest import options_for
 from tests.server.gateway.conftest import StartGateway
-from tests.server.test_serve import left_by
-
-RECOVERY_S = 10
+from tests.server.gateway.serving import wait_until_ready, wicore_serve
 
 
 def test_every_stage_is_asked(http: httpx.Client) -> None:
@@ -78,69 +68,6 @@ def test_a_port_that_is_taken_is_named_with_its_option(gateway: Gateway, start_g
 
     with pytest.raises(ServerStartError, match=rf"{gateway.settings.port}.*--gateway-port"):
         start_gateway(port=gateway.settings.port)
-
-
-@contextmanager
-def wicore_serve(repository: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """The command, and what it says when it is ready."""
-    ports = [option for name in ("http", "grpc", "metrics", "gateway") for option in (f"--{name}-port", "0")]
-    command = [sys.executable, "-m", "client.cli", "serve", "--repository", str(repository), "--json", *ports, *more]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield process, json.loads(process.stdout.readline())
-        finally:
-            if process.poll() is None:
-                process.terminate()
-            process.wait(60)
-
-
-def wait_until_ready(address: str, timeout_s: float = RECOVERY_S) -> float:
-    """Seconds it took."""
-    begin = time.monotonic()
-    while time.monotonic() - begin < timeout_s:
-        try:
-            if httpx.get(f"{address}/health/ready", timeout=10).status_code == 200:
-                return time.monotonic() - begin
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise AssertionError(f"not ready after {timeout_s} s")
-
-
-def last_event(address: str, after_first: Callable[[], object]) -> dict[str, Any]:
-    """Of a long stream; ``after_first`` is called once it has begun."""
-    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5000, "ignore_eos": True, "n": 8}
-    sampled = {**body, "temperature": 5.0, "stream": True}
-    with httpx.stream("POST", f"{address}/v1/chat/completions", json=sampled, timeout=RECOVERY_S) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        after_first()
-        events = [line.removeprefix("data: ") for line in lines if line]
-    assert events[-1] == "[DONE]"
-    found: dict[str, Any] = json.loads(events[-2])
-    return found
-
-
-def test_whatever_is_killed_serves_again_and_the_end_leaves_nothing(repository: Path) -> None:
-    before = set(left_by(repository))
-    with wicore_serve(repository) as (process, first):
-        address = first["gateway"]
-        os.kill(first["gateway_pid"], signal.SIGKILL)
-        time.sleep(0.2)
-        wait_until_ready(address)
-        stages = psutil.Process(first["pid"]).children()
-        decoder = next(child for child in stages if "/decoder/" in child.cmdline()[1])
-        assert last_event(address, decoder.kill)["error"]["code"] == "server_unavailable"
-        wait_until_ready(address)
-        assert process.stdout is not None
-        lines = [json.loads(process.stdout.readline()) for _ in range(2)]
-        assert lines[0]["pid"] == first["pid"], "Triton had not died"
-        assert lines[1]["pid"] != first["pid"]
-        assert [line["gateway"] for line in lines] == [address, address]
-        process.terminate()
-        assert process.wait(60) == 128 + signal.SIGTERM  # the drain may take its 30 s
-    assert set(left_by(repository)) <= before
 
 
 def test_without_the_gateway_triton_serves_alone(repository: Path) -> None:

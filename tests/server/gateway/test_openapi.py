@@ -43,6 +43,9 @@ def test_every_endpoint_is_in_the_document(http: httpx.Client) -> None:
         ("POST", "/v1/completions"),
         ("POST", "/v1/embeddings"),
         ("POST", "/v1/inference"),
+        ("GET", "/v1/sessions/{name}"),
+        ("POST", "/v1/sessions/{name}"),
+        ("DELETE", "/v1/sessions/{name}"),
     }
 
 
@@ -55,6 +58,8 @@ BODIES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/infe
     [
         ("GET", "/v1/models/{name}", POSITIVE),  # any text is a name
         ("GET", "/v1/stats", POSITIVE),
+        *((method, "/v1/sessions/{name}", POSITIVE) for method in ("GET", "POST", "DELETE")),
+        ("POST", "/v1/sessions/{name}", NEGATIVE),
         *(("POST", path, mode) for path in BODIES for mode in (POSITIVE, NEGATIVE)),
     ],
 )

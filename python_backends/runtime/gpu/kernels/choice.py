@@ -86,9 +86,25 @@ class Scratch:
         return cls(peaks, sums, bests, device.allocate("i32", rows, pieces))
 
 
+def largest(logits: Tensor, chosen_from: Tensor, scratch: Scratch) -> Launch:
+    """What `choose`, `most_likely` and a draw need to know of every piece.
+
+    Args:
+        logits: float32 [B·R, V], the model's own.
+        chosen_from: the same after adjustments and masks.
+        scratch: where it goes.
+    """
+    rows, vocab_size = logits.shape
+    return Launch(
+        "choice.pieces_kernel",
+        (cdiv(vocab_size, PIECE), rows, 1),
+        (logits, chosen_from, scratch.peaks, scratch.sums, scratch.bests, scratch.places),
+        {"V": vocab_size, "PIECE": PIECE},
+    )
+
+
 def choose(
     logits: Tensor,
-    chosen_from: Tensor,
     targets: Tensor,
     scratch: Scratch,
     next_token: Tensor,
@@ -96,14 +112,13 @@ def choose(
     *,
     drawn: Tensor | None = None,
     temperature: Tensor | None = None,
-) -> list[Launch]:
+) -> Launch:
     """The token of every row, and its log-probability in the model's own distribution.
 
     Args:
-        logits: float32 [B·R, V].
-        chosen_from: the same after adjustments and masks; the lowest of equally likely ids is taken.
+        logits: float32 [B·R, V], the model's own.
         targets: int32 [B, R] tokens that are given, −1 where one is to be chosen.
-        scratch: contents mean nothing before and after.
+        scratch: as `largest` left it; the lowest of equally likely ids is taken.
         next_token: int32 [B·R].
         logprob: float32 [B·R].
         drawn: int32 [B·R] tokens of the rows that have a temperature.
@@ -112,15 +127,10 @@ def choose(
     rows, vocab_size = logits.shape
     pieces = cdiv(vocab_size, PIECE)
     parts = (scratch.peaks, scratch.sums, scratch.bests, scratch.places)
-    return [
-        Launch(
-            "choice.pieces_kernel", (pieces, rows, 1), (logits, chosen_from, *parts), {"V": vocab_size, "PIECE": PIECE}
-        ),
-        Launch(
-            "choice.choose_kernel",
-            (rows, 1, 1),
-            (logits, targets, drawn, temperature, *parts, next_token, logprob),
-            {"V": vocab_size, "R": targets.shape[1], "PIECES": pieces, "LANES": power_of_two(pieces)},
-            num_warps=1,
-        ),
-    ]
+    return Launch(
+        "choice.choose_kernel",
+        (rows, 1, 1),
+        (logits, targets, drawn, temperature, *parts, next_token, logprob),
+        {"V": vocab_size, "R": targets.shape[1], "PIECES": pieces, "LANES": power_of_two(pieces)},
+        num_warps=1,
+    )

@@ -7,24 +7,20 @@ float32 and leaves (max, sum, weighted values); `combine` joins them in a fixed 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from python_backends.runtime.gpu.kernels.lang import cdiv, jit, power_of_two, tl
+from python_backends.runtime.gpu.kernels.attention_mass import Mass, masses
+from python_backends.runtime.gpu.kernels.decode_splits import (
+    DecodeConfig,
+    Scratch,
+    default_config,
+    mass_tiles,
+    row_tiles,
+    splitting,
+)
+from python_backends.runtime.gpu.kernels.lang import jit, power_of_two, tl
 from python_backends.runtime.gpu.kernels.paging import LayerKv, Rows, tile_pages, tile_rows
-from python_backends.runtime.gpu.launch import Device, Launch, Tensor
+from python_backends.runtime.gpu.launch import Launch, Tensor
 
-MAX_SPLITS = 128
 _LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@jit
-def row_tiles(past, num_queries, WINDOW: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr):
-    """(first tile, number of tiles, programs that share them) of a row; at least SHARE tiles a program if it can be."""
-    first = 0
-    if WINDOW:
-        first = tl.maximum(past - WINDOW + 1, 0) // BLOCK
-    count = (past + num_queries + BLOCK - 1) // BLOCK - first
-    return first, count, tl.minimum((count + SHARE - 1) // SHARE, SPLITS)
 
 
 @jit
@@ -189,175 +185,6 @@ def combine_kernel(
     tl.store(output + (token * H + head).to(tl.int64) * HD + columns, result.to(output.dtype.element_ty))
 
 
-@jit
-def mass_kernel(
-    maxima,
-    sums,
-    tile_maxima,
-    tile_sums,
-    past_len,
-    query_len,
-    mass,
-    S: tl.constexpr,
-    H: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    LANES: tl.constexpr,
-    SHARE: tl.constexpr,
-    TILES: tl.constexpr,
-    MASS_BLOCKS: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
-    PER_BLOCK_LANES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    ONLY_LAST: tl.constexpr,
-):
-    """Grid (B, mass blocks / BLOCKS): what the last query's shares of the tiles add up to, averaged over heads."""
-    row = tl.program_id(0)
-    blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    num_queries = tl.load(query_len + row)
-    past = tl.load(past_len + row)
-    start = past
-    if ONLY_LAST:
-        start = past + num_queries - 1
-    first, count, active = row_tiles(start, past + num_queries - start, WINDOW, BLOCK, SPLITS, SHARE)
-    lanes = tl.arange(0, LANES)
-    live = (lanes < active) & (num_queries > 0)
-    inside = tl.arange(0, PER_BLOCK_LANES)[None, :]
-    tiles = blocks[:, None] * PER_BLOCK + inside
-    # Tiles of an idle row were not written; masses of tiles outside a window are 0.
-    there = (tiles >= first) & (tiles < first + count) & (inside < PER_BLOCK) & (num_queries > 0)
-    result = tl.zeros([BLOCKS], tl.float32)
-    for head in range(H):
-        if ONLY_LAST:
-            line = row * H + head
-        else:
-            line = (row * S + tl.maximum(num_queries - 1, 0)) * H + head
-        highs = tl.load(maxima + line * SPLITS + lanes, mask=live, other=float("-inf"))
-        highest = tl.max(highs, 0)
-        highest = tl.where(highest == float("-inf"), 0.0, highest)
-        denominator = tl.sum(tl.load(sums + line * SPLITS + lanes, mask=live, other=0.0) * tl.exp2(highs - highest), 0)
-        denominator = tl.where(denominator > 0.0, denominator, 1.0)
-        at = (row * H + head) * TILES + tiles
-        high = tl.load(tile_maxima + at, mask=there, other=float("-inf"))
-        share = tl.load(tile_sums + at, mask=there, other=0.0)
-        result += tl.sum(share * tl.exp2(high - highest), 1) / denominator
-    tl.store(mass + row * MASS_BLOCKS + blocks, result / H, mask=blocks < MASS_BLOCKS)
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """What is chosen by measuring."""
-
-    block: int
-    """Tokens of a tile: a page, a part of one, or two."""
-    splits: int
-    """Programs that share a row's tiles."""
-    share: int
-    """Fewest tiles of a program."""
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """Float32 buffers between the kernels, shared by all layers."""
-
-    partial: Tensor
-    maxima: Tensor
-    sums: Tensor
-    tile_maxima: Tensor
-    tile_sums: Tensor
-
-    @classmethod
-    def allocate(cls, device: Device, tokens: int, heads: int, head_dim: int, rows: int, tiles: int) -> Scratch:
-        """For steps of at most ``tokens`` (M) decode positions, ``MAX_SPLITS`` splits in a bucket of few of them.
-
-        Args:
-            device: where.
-            tokens: largest M of a decode bucket.
-            heads: H.
-            head_dim: hd.
-            rows: largest B of a bucket, of prefill too.
-            tiles: `mass_tiles` of the layer whose masses are wanted.
-        """
-        lines = scratch_lines(tokens, heads)
-        return cls(
-            device.allocate("fp32", lines, head_dim),
-            device.allocate("fp32", max(lines, rows * heads * MAX_SPLITS)),
-            device.allocate("fp32", max(lines, rows * heads * MAX_SPLITS)),
-            device.allocate("fp32", rows * heads * tiles),
-            device.allocate("fp32", rows * heads * tiles),
-        )
-
-
-def scratch_lines(tokens: int, heads: int) -> int:
-    """Partial results there is room for: M·H·splits of every bucket that `check_config` lets pass."""
-    return max(heads * 8 * MAX_SPLITS, heads * tokens * 16)
-
-
-def mass_tiles(kv: LayerKv) -> int:
-    """Tiles of the smallest kind that a slot's table holds."""
-    return kv.table.shape[1] * kv.page_tokens // 16
-
-
-@dataclass(frozen=True)
-class Mass:
-    """Where the masses of the rows' last queries go."""
-
-    output: Tensor
-    """float32 [B, blocks]; a row that is not idle sums to 1 (if there are enough blocks), an idle one is 0."""
-    block_tokens: int
-    """A multiple of the page."""
-
-
-def default_config(
-    heads: int, kv: LayerKv, rows: Rows, capability: int, multiprocessors: int | None = None
-) -> DecodeConfig:
-    """Splits that fill the card about twice; more where rows may differ in length, none where little is read."""
-    programs = 2 * (multiprocessors or {89: 128}.get(capability, 132))
-    parallel = rows.batch * kv.kv_heads
-    splits = max(1, programs // parallel)
-    longest = (kv.window or kv.table.shape[1] * kv.page_tokens) + rows.positions
-    if not kv.window and rows.batch > 1:
-        splits = max(splits, 4)
-    row_bytes = kv.head_dim * _item_bytes(kv)
-    block = 64 if row_bytes <= (512 if capability >= 90 else 256) else 32 if row_bytes <= 512 else 16
-    block = min(kv.page_tokens, block)
-    tiles = cdiv(longest, block) + 1
-    share = 1 if rows.batch == 1 else 2
-    stages = 3 if capability >= 90 else 2
-    splits = min(splits, cdiv(tiles, share), MAX_SPLITS, max_splits(heads, rows))
-    return DecodeConfig(block, splits, share, 4, stages)
-
-
-def max_splits(heads: int, rows: Rows) -> int:
-    """Splits that the scratch buffers hold for this bucket, whatever the largest one is."""
-    return max(1, min(MAX_SPLITS, scratch_lines(rows.tokens, heads) // (rows.tokens * heads)))
-
-
-def candidates(heads: int, kv: LayerKv, rows: Rows, capability: int) -> list[DecodeConfig]:
-    """Configurations worth timing, the default first."""
-    default = default_config(heads, kv, rows, capability)
-    found = [default]
-    tiles = cdiv((kv.window or kv.table.shape[1] * kv.page_tokens) + rows.positions, default.block) + 1
-    for block in (32, 64, 128):
-        for warps, stages in ((2, 3), (4, 2), (4, 3), (4, 4), (8, 3)):
-            memory = stages * 2 * block * kv.head_dim * _item_bytes(kv)
-            if memory > (96 if capability < 90 else 220) * 1024 or block > 2 * kv.page_tokens:
-                continue
-            for factor in (0.5, 1, 2, 4):
-                splits = min(max(1, int(default.splits * factor)), tiles, max_splits(heads, rows))
-                config = DecodeConfig(block, splits, default.share, warps, stages)
-                if config not in found:
-                    found.append(config)
-    return found
-
-
-def _item_bytes(kv: LayerKv) -> int:
-    return kv.pool.num_bytes // kv.pool.size
-
-
 def decode_attention(
     query: Tensor,
     kv: LayerKv,
@@ -392,7 +219,7 @@ def decode_attention(
                 (rows.tokens, heads, kv.head_dim // columns),
                 (scratch.partial, scratch.maxima, scratch.sums, rows.past_len, rows.query_len, output),
                 {
-                    **_splitting(kv, rows, config),
+                    **splitting(kv, rows, config),
                     "H": heads,
                     "HD": kv.head_dim,
                     "COLUMNS": columns,
@@ -402,7 +229,7 @@ def decode_attention(
             )
         )
     if mass:
-        launches.append(_mass(heads, kv, rows, scratch, config, mass, only_last=False))
+        launches.append(masses(heads, kv, rows, scratch, config, mass, only_last=False))
     return launches
 
 
@@ -432,18 +259,8 @@ def last_query_mass(
     config = config or default_config(heads, kv, single, capability)
     return [
         _decode(query, kv, rows, None, scratch, config, want_mass=True, only_last=True),
-        _mass(heads, kv, rows, scratch, config, mass, only_last=True),
+        masses(heads, kv, rows, scratch, config, mass, only_last=True),
     ]
-
-
-def _splitting(kv: LayerKv, rows: Rows, config: DecodeConfig) -> dict[str, int]:
-    return {
-        "S": rows.positions,
-        "WINDOW": kv.window,
-        "BLOCK": config.block,
-        "SPLITS": config.splits,
-        "SHARE": config.share,
-    }
 
 
 def _decode(
@@ -469,7 +286,7 @@ def _decode(
         ),
         {
             **kv.constants,
-            **_splitting(kv, rows, config),
+            **splitting(kv, rows, config),
             "G": group,
             "ROWS": max(16, power_of_two(lines)),
             "TILES": mass_tiles(kv),
@@ -478,31 +295,4 @@ def _decode(
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )
-
-
-def _mass(
-    heads: int, kv: LayerKv, rows: Rows, scratch: Scratch, config: DecodeConfig, mass: Mass, *, only_last: bool
-) -> Launch:
-    count = mass.output.shape[1]
-    per_block = mass.block_tokens // config.block
-    blocks = max(1, min(64, power_of_two(count), 512 // power_of_two(per_block)))
-    return Launch(
-        "decode_attention.mass_kernel",
-        (rows.batch, cdiv(count, blocks), 1),
-        (
-            *(scratch.maxima, scratch.sums, scratch.tile_maxima, scratch.tile_sums),
-            *(rows.past_len, rows.query_len, mass.output),
-        ),
-        {
-            **_splitting(kv, rows, config),
-            "H": heads,
-            "LANES": power_of_two(config.splits),
-            "TILES": mass_tiles(kv),
-            "MASS_BLOCKS": count,
-            "PER_BLOCK": per_block,
-            "PER_BLOCK_LANES": power_of_two(per_block),
-            "BLOCKS": blocks,
-            "ONLY_LAST": only_last,
-        },
     )

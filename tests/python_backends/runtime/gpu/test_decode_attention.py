@@ -7,14 +7,16 @@ import pytest
 
 from python_backends.runtime.gpu.interpreter import InterpreterDevice
 from python_backends.runtime.gpu.kernels import decode_attention as decode
-from python_backends.runtime.gpu.kernels.decode_attention import DecodeConfig, Mass, Scratch
+from python_backends.runtime.gpu.kernels import decode_splits
+from python_backends.runtime.gpu.kernels.attention_mass import Mass
+from python_backends.runtime.gpu.kernels.decode_splits import DecodeConfig, Scratch
 from python_backends.runtime.gpu.launch import Launch, Tensor
 from tests.gpu.device import kernel_device
 from tests.python_backends.runtime.gpu.paged import PAGE, Case
 
 
 def scratch_for(case: Case) -> Scratch:
-    tiles = decode.mass_tiles(case.kv)
+    tiles = decode_splits.mass_tiles(case.kv)
     return Scratch.allocate(case.device, case.rows.tokens, case.heads, case.head_dim, case.rows.batch, tiles)
 
 
@@ -122,8 +124,8 @@ def test_the_masses_of_a_chunk_are_those_of_its_last_query() -> None:
 @pytest.mark.parametrize("batch", [1, 16])
 def test_candidates_stay_within_the_scratch_buffers(capability: int, batch: int) -> None:
     case = Case(kernel_device(), [200] * batch, [1] * batch, 1, 4, 2, 16)
-    found = decode.candidates(case.heads, case.kv, case.rows, capability)
-    assert found[0] == decode.default_config(case.heads, case.kv, case.rows, capability)
-    lines = decode.scratch_lines(case.rows.tokens, case.heads)
+    found = decode_splits.candidates(case.heads, case.kv, case.rows, capability)
+    assert found[0] == decode_splits.default_config(case.heads, case.kv, case.rows, capability)
+    lines = decode_splits.scratch_lines(case.rows.tokens, case.heads)
     assert all(1 <= config.splits * case.rows.tokens * case.heads <= lines for config in found)
     assert len(set(found)) == len(found)

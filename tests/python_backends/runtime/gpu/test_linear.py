@@ -8,8 +8,8 @@ import pytest
 from python_backends.errors import InternalError
 from python_backends.runtime.gpu.device_weights import Matrix
 from python_backends.runtime.gpu.interpreter import InterpreterDevice, host_view
-from python_backends.runtime.gpu.kernels import linear
-from python_backends.runtime.gpu.kernels.linear import Config
+from python_backends.runtime.gpu.kernels import linear, linear_config
+from python_backends.runtime.gpu.kernels.linear_config import Config
 from python_backends.runtime.gpu.kernels.norm import Quantized
 from python_backends.runtime.gpu.launch import Tensor
 from tests.python_backends.runtime.gpu.matrices import dequantized, random_matrix
@@ -131,7 +131,7 @@ def test_candidates_fit_shared_memory_and_start_with_the_choice(storage: str, to
     weight = Matrix(Tensor(0, storage, (5376, 21504 // (2 if storage == "u8" else 1))), scale, 21504)
     x = Tensor(0, "bf16", (tokens, 21504))
     for capability in (89, 90):
-        found = linear.candidates(weight, x, capability)
-        assert found[0] == linear.choose(weight, x, capability)
+        found = linear_config.candidates(weight, x, capability)
+        assert found[0] == linear_config.choose(weight, x, capability)
         assert len(found) > 5
-    assert linear.split_parts(weight, tokens, 90) == (4 if tokens <= linear.SKINNY_TOKENS else 1)
+    assert linear_config.split_parts(weight, tokens, 90) == (4 if tokens <= linear_config.SKINNY_TOKENS else 1)

@@ -72,10 +72,10 @@ def test_a_cache_that_others_can_write_is_not_used(cache, monkeypatch, tmp_path)
     other = tmp_path / "other"
     other.mkdir()
     monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(other))
-    assert module._cache_folder() == other / f"wicore-{os.geteuid()}"
+    assert module.kernel_folder() == other / f"wicore-{os.geteuid()}"
     (other / f"wicore-{os.geteuid()}").chmod(0o777)
     with pytest.raises(InternalError, match="XDG_CACHE_HOME"):
-        module._cache_folder()
+        module.kernel_folder()
 
 
 def test_a_library_that_multiplies_wrongly_is_refused(compiled, tmp_path, monkeypatch):

@@ -21,8 +21,9 @@ from client import Client
 from client.gateway.settings import GatewaySettings
 from client.server import Server
 from client.server.gateway import Gateway
+from python_backends.config import Config
 from tests.server.conftest import options_for
-from tests.server.gateway.conftest import MODEL
+from tests.server.gateway.conftest import MODEL, run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
@@ -35,9 +36,10 @@ WIDE = {"width": 1360, "height": 850}
 OpenPage = Callable[..., Page]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium as the system has it."""
+    """Chromium as the system has it. Playwright's event loop keeps other tests from running theirs: it ends with the
+    module."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         missing = "no Chromium; on Debian and Ubuntu: apt-get install chromium"
@@ -80,7 +82,13 @@ def client(server: Server) -> Iterator[Client]:
 @pytest.fixture(scope="session")
 def settings(server: Server, tiered: Path) -> GatewaySettings:
     """Free port."""
-    return GatewaySettings(tiered, MODEL, triton=server.addresses.grpc, port=0, drain_s=5)
+    return GatewaySettings(tiered, MODEL, triton=server.addresses.grpc, port=0, config=Config(drain_s=5))
+
+
+@pytest.fixture(scope="session")
+def gateway(settings: GatewaySettings) -> Iterator[Gateway]:
+    """Of its own: one that is shared would stay before this server for the tests elsewhere, too."""
+    yield from run(settings)
 
 
 @pytest.fixture
