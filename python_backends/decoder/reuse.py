@@ -55,13 +55,22 @@ class Reuse:
         cache: or None.
         runtime: whose slots are read and filled.
         token_seconds: what a prompt token takes to compute, as far as is known.
+        watches_attention: whether the cache is told where attention goes.
     """
 
-    def __init__(self, cache: KvCache | None, runtime: DecoderRuntime, token_seconds: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        cache: KvCache | None,
+        runtime: DecoderRuntime,
+        token_seconds: Callable[[], float],
+        *,
+        watches_attention: bool,
+    ) -> None:
         self._cache = cache
         self._runtime = runtime
         self._image_tokens = runtime.spec.tokens_per_image
         self._token_seconds = token_seconds
+        self._watches_attention = watches_attention
         self.block_tokens = runtime.kv_layout.block_tokens
 
     def look_up(self, request: Request) -> Hit | None:
@@ -170,7 +179,9 @@ class Reuse:
 
     def wants_masses(self, sequence: ActiveSequence, *, ends_prompt: bool) -> bool:
         """Whether this step is one to look at."""
-        return sequence.reused is not None and (ends_prompt or sequence.answered % OBSERVE_EVERY == OBSERVE_EVERY - 1)
+        if not self._watches_attention or sequence.reused is None:
+            return False
+        return ends_prompt or sequence.answered % OBSERVE_EVERY == OBSERVE_EVERY - 1
 
     def _keep_blocks(self, reused: Reused, slot: int, length: int) -> None:
         assert self._cache is not None

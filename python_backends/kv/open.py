@@ -76,7 +76,12 @@ def open_cache(
         tier: TierLimits(store.usable_bytes, high=highs[tier], low=highs[tier] - 0.05) for tier, store in stores.items()
     }
     mover = Mover(stores)
-    policies = make_policies(config.hmt_eviction_policy, limits, decay_factor=config.hmt_decay_factor)
+    policies = make_policies(
+        config.hmt_eviction_policy,
+        limits,
+        decay_factor=config.hmt_decay_factor,
+        attention_weight=config.hmt_attention_weight,
+    )
     manager = KvManager(
         limits,
         policies,

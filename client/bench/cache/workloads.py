@@ -32,6 +32,8 @@ class Request:
     keys: tuple[EntryKey, ...]
     answer: int = 0
     """Tokens of the answer; 0: not told."""
+    masses: tuple[float, ...] = ()
+    """Attention that the prompt's end gave each block, relative to their mean; none: not told."""
 
     def __len__(self) -> int:
         """Tokens; the last block counts as full."""

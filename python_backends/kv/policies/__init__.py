@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from python_backends.config import Config
 from python_backends.errors import ConfigError
 from python_backends.kv.blocks import Tier, TierLimits
 from python_backends.kv.policies.a2cr import A2CR
@@ -12,9 +13,6 @@ from python_backends.kv.policies.base import BlockStats, Policy, Visit
 from python_backends.kv.policies.guard import Guard
 from python_backends.kv.policies.leaves import LFU, LRU
 from python_backends.kv.policies.reuse import ReuseModel
-
-DECAY_FACTOR = 0.01
-"""Per second, of the evidence of attention."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +26,24 @@ class PolicySet:
 Maker = Callable[[ReuseModel], Policy]
 
 
-def makers(decay_factor: float = DECAY_FACTOR) -> dict[str, Maker]:
+def makers(
+    decay_factor: float = Config.hmt_decay_factor, attention_weight: float = Config.hmt_attention_weight
+) -> dict[str, Maker]:
     """Policies by the name they have in the configuration."""
     return {
-        "a2cr": lambda reuse: A2CR(reuse, decay_factor),
+        "a2cr": lambda reuse: A2CR(reuse, decay_factor, attention_weight),
         "lru": lambda reuse: LRU(),
         "lfu": lambda reuse: LFU(),
     }
 
 
 def make_policies(
-    name: str, limits: Mapping[Tier, TierLimits], *, decay_factor: float = DECAY_FACTOR, guarded: bool = True
+    name: str,
+    limits: Mapping[Tier, TierLimits],
+    *,
+    decay_factor: float = Config.hmt_decay_factor,
+    attention_weight: float = Config.hmt_attention_weight,
+    guarded: bool = True,
 ) -> PolicySet:
     """One policy of that name for each tier.
 
@@ -48,7 +53,7 @@ def make_policies(
     Raises:
         ConfigError: no such policy.
     """
-    known = makers(decay_factor)
+    known = makers(decay_factor, attention_weight)
     if name not in known:
         raise ConfigError(f"there is no cache policy {name!r}; choose one of {', '.join(known)}")
     shares = [1.0] if len(limits) == 1 else [limit.low for limit in limits.values()]

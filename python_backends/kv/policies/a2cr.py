@@ -4,9 +4,9 @@
 
 The published form scores by attention mass, decayed by ``exp(−decay · seconds since use)``, combined with reuse
 frequency and recompute cost. Here reuse and its decay are learned from the requests; attention is one factor,
-``mass ^ (exponent · exp(−decay · seconds since use))``, neutral (1) where no mass was measured and for a block that got
-as much as the mean of its prompt. While the model's guard says that LRU serves better, worth is the time of the newest
-use.
+``mass ^ (weight · exp(−decay · seconds since use))``, neutral (1) where no mass was measured and for a block that got
+as much as the mean of its prompt, or for all where the weight is 0. While the model's guard says that LRU serves
+better, worth is the time of the newest use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from python_backends.kv.policies.hazards import Float64, Int64
 from python_backends.kv.policies.leaves import Leaves
 from python_backends.kv.policies.reuse import ReuseModel
 
-MASS_EXPONENT = 0.5
 MIN_MASS, MAX_MASS = 1 / 16, 16.0
 """Where the evidence of attention ends."""
 RANKED_SHARE = 1 / 16
@@ -44,10 +43,11 @@ class A2CR(Leaves):
 
     name = "a2cr"
 
-    def __init__(self, reuse: ReuseModel, decay_factor: float) -> None:
+    def __init__(self, reuse: ReuseModel, decay_factor: float = 0.0, attention_weight: float = 0.0) -> None:
         super().__init__()
         self._reuse = reuse
         self._decay = decay_factor
+        self._weight = attention_weight
         self._state = (-1, True)
         """Of the model when the leaves got their rows: fits, trusted."""
         self._heap: list[Item] = []
@@ -59,7 +59,6 @@ class A2CR(Leaves):
         self._free: list[int] = []
         self._rows = np.zeros(0, np.int64)
         self._times, self._values, self._log_masses = np.zeros(0), np.zeros(0), np.zeros(0)
-        self._any_mass = False
 
     def worth(self, entry: BlockStats, now: float) -> float:
         """Seconds saved per byte and second."""
@@ -68,9 +67,14 @@ class A2CR(Leaves):
 
     def _worth(self, entry: BlockStats, row: int, age: float) -> float:
         worth = self._reuse.indices.at_one(row, age) * _value(entry)
-        if entry.mass is not None:
-            worth *= math.exp(_log_mass(entry) * math.exp(-self._decay * age))
-        return worth
+        log_mass = self._log_mass(entry)
+        return worth * math.exp(log_mass * math.exp(-self._decay * age)) if log_mass else worth
+
+    def _log_mass(self, entry: BlockStats) -> float:
+        """Logarithm of the attention factor right after a use."""
+        if entry.mass is None or not self._weight:
+            return 0.0
+        return self._weight * math.log(min(max(entry.mass, MIN_MASS), MAX_MASS))
 
     def rank(self, entry: BlockStats, now: float) -> tuple[float, ...]:
         """See `Policy`."""
@@ -177,10 +181,8 @@ class A2CR(Leaves):
         self._rows[place] = row
         self._times[place] = entry.visit.time
         self._values[place] = _value(entry)
-        self._log_masses[place] = 0.0
-        if entry.mass is not None:
-            self._log_masses[place] = _log_mass(entry)
-            self._any_mass = True
+        if self._weight:
+            self._log_masses[place] = self._log_mass(entry)
         return number
 
     def _grow(self, places: int) -> None:
@@ -215,7 +217,7 @@ class A2CR(Leaves):
             return times
         ages = now - times
         worth = self._reuse.indices.at(self._rows[places], ages) * self._values[places]
-        if self._any_mass:
+        if self._weight:
             worth *= np.exp(self._log_masses[places] * np.exp(-self._decay * ages))
         return worth
 
@@ -230,9 +232,3 @@ class A2CR(Leaves):
 def _value(entry: BlockStats) -> float:
     """Seconds saved by a reuse, per byte."""
     return (entry.recompute_s or 1.0) / max(1, entry.key.num_bytes)
-
-
-def _log_mass(entry: BlockStats) -> float:
-    """Logarithm of the attention factor right after a use."""
-    assert entry.mass is not None
-    return MASS_EXPONENT * math.log(min(max(entry.mass, MIN_MASS), MAX_MASS))

@@ -63,7 +63,7 @@ def test_it_learns_when_entries_come_back() -> None:
     good, bad = entry(model, 10_000, now, position=4096), entry(model, 10_001, now, position=64)
     assert model.probability(good, now, 240.0) > 0.6
     assert model.probability(bad, now, 240.0) < 0.1
-    policy = A2CR(model, 0.01)
+    policy = A2CR(model)
     assert policy.worth(good, now + 30.0) > 10 * policy.worth(bad, now + 30.0)
     assert policy.worth(good, now + 30.0) > policy.worth(good, now + 300.0), "its time has passed"
 
@@ -78,7 +78,7 @@ def test_probability_agrees_with_the_hazard_within_a_bin() -> None:
 
 def test_attention_is_evidence_that_fades_and_is_neutral_where_there_is_none() -> None:
     model = ReuseModel()
-    policy = A2CR(model, decay_factor=0.1)
+    policy = A2CR(model, decay_factor=0.1, attention_weight=0.5)
     made = entry(model, 1, 0.0)
     neutral = [policy.worth(made, at) for at in (1.0, 60.0)]
     made.mass = 1.0
@@ -93,7 +93,7 @@ def test_attention_is_evidence_that_fades_and_is_neutral_where_there_is_none() -
 
 def test_worth_counts_the_cost_of_computing_and_the_bytes() -> None:
     model = ReuseModel()
-    policy = A2CR(model, 0.01)
+    policy = A2CR(model)
     made = entry(model, 1, 0.0)
     made.recompute_s = 1.0
     once = policy.worth(made, 5.0)
@@ -154,7 +154,7 @@ def test_the_guard_knows_what_lru_would_hold() -> None:
 def test_the_guard_lets_the_model_try_again_and_the_order_is_by_use_until_then() -> None:
     guard = Guard(4)
     model = ReuseModel(guard)
-    policy = A2CR(model, 0.01)
+    policy = A2CR(model, attention_weight=0.5)
     entries = [entry(model, name, float(name)) for name in range(2)]
     count = 2
     while guard.trusted:
