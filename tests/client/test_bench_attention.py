@@ -1,7 +1,8 @@
-"""`wicore bench attention`: what the engine reports of long conversations, and what replaying it with masses changes."""
+"""`wicore bench attention`: what the engine reports of long conversations, and what replaying it changes."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -34,7 +35,7 @@ def test_every_prompt_comes_with_the_masses_of_its_blocks(talks: list[Talk]) -> 
 def test_a_turn_goes_on_from_the_one_before_or_takes_its_place(talks: list[Talk]) -> None:
     grown = 0
     for talk in talks:
-        for before, after in zip(talk, talk[1:], strict=False):
+        for before, after in itertools.pairwise(talk):
             shared = sum(one == other for one, other in zip(before.blocks, after.blocks, strict=False))
             assert before.blocks[:shared] == after.blocks[:shared], "equal blocks are a beginning"
             grown += shared == len(before.blocks) < len(after.blocks)

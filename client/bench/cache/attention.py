@@ -12,10 +12,9 @@ import io
 import json
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,8 +42,8 @@ EDITED = 0.2
 ANSWER_TOKENS = 80
 MEMORY_BYTES = 2**29
 """More than one conversation leaves."""
-WEIGHTS = (0.0, 0.25, 0.5, 1.0)
-ARRIVALS = 8
+WEIGHTS = (0.0, 0.5, 1.0)
+ARRIVALS = 4
 """Draws of the times."""
 
 
@@ -93,7 +92,9 @@ class _Recorder:
         """[n · tokens per image, D] of pictures [H, W, 3] uint8."""
         return np.concatenate(list(self._vision.encode(np.stack(pixels).transpose(0, 3, 1, 2))))
 
-    def ask(self, messages: list[dict[str, Any]], images: Sequence[bytes], features: Float32 | None) -> tuple[Asked, str]:
+    def ask(
+        self, messages: list[dict[str, Any]], images: Sequence[bytes], features: Float32 | None
+    ) -> tuple[Asked, str]:
         """What the prompt was, and the answer.
 
         Raises:
@@ -103,6 +104,7 @@ class _Recorder:
         from python_backends.decoder.sequence import Request as Submitted
 
         prompt = self._prompts([], [json.dumps(messages).encode()], images)
+        ids = prompt.input_ids.tolist()
         parameters = parameters_within(self._settings, max_tokens=ANSWER_TOKENS, temperature=0.0)
         pieces: list[Piece] = []
         done = threading.Event()
@@ -112,9 +114,8 @@ class _Recorder:
             if piece.finish_reason:
                 done.set()
 
-        self._noted = None
+        self._noted = None if len(ids) >= BLOCK_TOKENS else Asked((), ())
         starts = prompt.image_starts.tolist()
-        ids = prompt.input_ids.tolist()
         self._engine.submit(Submitted(ids, parameters, sink, image_starts=starts, image_features=features))
         done.wait()
         if self._noted is None or len(self._noted.blocks) != len(ids) // BLOCK_TOKENS:
@@ -176,11 +177,9 @@ def _hold(recorder: _Recorder, talk: Conversation, rng: random.Random) -> Talk:
         turns.append(turn)
         messages, shown = request(replace(talk, turns=tuple(turns)), len(answers), answers, pictures)
         count = len(shown)
-        asked, answer = recorder.ask(
-            messages, encoded[:count], np.concatenate(features[:count]) if count else None
-        )
+        asked, answer = recorder.ask(messages, encoded[:count], np.concatenate(features[:count]) if count else None)
         answers.append(answer)
-        found.append(asked)
+        found += [asked] if asked.blocks else []
     return found
 
 

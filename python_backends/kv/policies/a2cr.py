@@ -53,6 +53,8 @@ class A2CR(Leaves):
         self._heap: list[Item] = []
         self._bar = -math.inf
         """Worth of what was left out of the heap is not below it."""
+        self._ranked: tuple[tuple[object, ...], float] = ((), 0.0)
+        """What `rank` was asked for last, and its worth."""
         self._exposed: BlockStats | None = None
         """The newest leaf by `on_expose`."""
         self._entries: list[BlockStats | None] = []
@@ -77,9 +79,14 @@ class A2CR(Leaves):
         return self._weight * math.log(min(max(entry.mass, MIN_MASS), MAX_MASS))
 
     def rank(self, entry: BlockStats, now: float) -> tuple[float, ...]:
-        """See `Policy`."""
-        worth = self.worth(entry, now) if self._trusts() else entry.visit.time
-        return (worth, -entry.key.position)
+        """See `Policy`. Entries of one visit are asked for in a row, and most of them are alike."""
+        visit, key = entry.visit, entry.key
+        if not self._trusts():
+            return (visit.time, -key.position)
+        alike = (visit, entry.life, key.position >= visit.end, entry.recompute_s, key.num_bytes, entry.mass, now)
+        if alike != self._ranked[0]:
+            self._ranked = (alike, self.worth(entry, now))
+        return (self._ranked[1], -key.position)
 
     def _trusts(self) -> bool:
         return self._reuse.guard is None or self._reuse.guard.trusted
@@ -136,7 +143,7 @@ class A2CR(Leaves):
         victim's, so it is next, and needs no place in the heap."""
         while entry not in self._scored:
             above = self._exposed
-            if above is None or above.visit is not entry.visit or above.uses != entry.uses or above.mass != entry.mass:
+            if above is None or above.visit is not entry.visit or above.life != entry.life or above.mass != entry.mass:
                 return
             if entry.key.position == entry.visit.end or entry.key.kind == "tail" or above not in self._fresh:
                 return

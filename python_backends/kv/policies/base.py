@@ -44,8 +44,8 @@ class BlockStats:
     """The newest that used it."""
     uses: int = 1
     """Visits that used it."""
-    pause: int = 0
-    """Class of the seconds between its two newest uses (`hazards.gap_class`); 0 where it was used once."""
+    life: int = 0
+    """`hazards.pack_entry` of what was known of it when its newest life began; kept by the model of reuse."""
     mass: float | None = None
     """Attention received, relative to the mean of its prompt's blocks (1.0 = as much as any other), averaged over the
     newest visits; None where it was never measured."""

@@ -35,6 +35,8 @@ _SPANS: Float64 = np.array(WIDTH_LIST)
 PRIOR: Float64 = 0.5 / (np.append((EDGES[:-1] + EDGES[1:]) / 2, EDGES[-1] * 1.5) + 8.0)
 STRENGTH = 1.0
 """Reuses that a class's own evidence must outweigh."""
+_LATER: Float64 = np.triu(np.ones((BINS, BINS)))
+"""[a, b] 1 where bin b is not before bin a."""
 SMOOTH = (0.25, 0.5, 0.25)
 PASSES = 3
 MOST_TURNS = 8
@@ -152,8 +154,8 @@ def gittins(hazard: Float64) -> Float64:
     total = np.concatenate([np.zeros((*hazard.shape[:-1], 1)), np.cumsum(risks, -1)], -1)
     # […, a, b]: alive at the beginning of bin b, given alive at that of bin a ≤ b.
     alive = np.exp(np.minimum(total[..., :-1, None] - total[..., None, :], 0.0))
-    waiting = np.cumsum(np.triu(alive[..., :-1]) * (-np.expm1(-risks) / hazard)[..., None, :], axis=-1)
-    found: Float64 = np.max(np.triu((1.0 - alive[..., 1:]) / np.maximum(waiting, 1e-9)), axis=-1)
+    waiting = np.cumsum(_LATER * alive[..., :-1] * (-np.expm1(-risks) / hazard)[..., None, :], axis=-1)
+    found: Float64 = (_LATER * (1.0 - alive[..., 1:]) / np.maximum(waiting, 1e-9)).max(axis=-1)
     return found
 
 

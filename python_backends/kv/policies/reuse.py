@@ -47,6 +47,7 @@ REFIT = 512
 MOST_USES = 4
 BLOCK, LAST, TAIL = 0, 1, 2
 """Roles; the last block of a visit is often a part of a block, never met again."""
+FIRST_LIFE = {"block": pack_entry(BLOCK, 1, 0), "tail": pack_entry(TAIL, 1, 0)}
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +79,6 @@ class _Record(Visit):
 class Group:
     """Entries of one visit that lead one life."""
 
-    visit: _Record
     packed: int
     alive: int = 0
     """Entries whose newest visit this is."""
@@ -126,7 +126,8 @@ class ReuseModel:
     def add(self, entry: BlockStats) -> None:
         """An entry begins its first life, in ``entry.visit``."""
         visit = _record(entry.visit)
-        self._join(entry, visit, self._group(visit, entry))
+        entry.life = FIRST_LIFE[entry.key.kind]
+        self._join(entry, visit, self._group(visit, entry.life))
         if self.guard is not None:
             self.guard.on_new(entry)
 
@@ -151,9 +152,9 @@ class ReuseModel:
         entry.uses += 1
         newest = record.newest
         if newest is None or newest[0] is not old:
-            entry.pause = gap_class(record.time - before.time)
-            newest = record.newest = (old, self._group(record, entry))
-        entry.pause = newest[1].packed >> 9
+            life = pack_entry(entry.life & 3, min(entry.uses, MOST_USES), gap_class(record.time - before.time))
+            newest = record.newest = (old, self._group(record, life))
+        entry.life = newest[1].packed
         self._join(entry, record, newest[1])
 
     def forget(self, entry: BlockStats) -> None:
@@ -161,12 +162,10 @@ class ReuseModel:
         self._end(entry, _record(entry.visit), None, 0.0)
 
     @staticmethod
-    def _group(visit: _Record, entry: BlockStats) -> Group:
-        role = TAIL if entry.key.kind == "tail" else BLOCK
-        packed = pack_entry(role, min(entry.uses, MOST_USES), entry.pause)
-        group = visit.groups.get(packed)
+    def _group(visit: _Record, life: int) -> Group:
+        group = visit.groups.get(life)
         if group is None:
-            group = visit.groups[packed] = Group(visit, packed)
+            group = visit.groups[life] = Group(life)
         return group
 
     @staticmethod
@@ -182,8 +181,7 @@ class ReuseModel:
             visit.last = entry
 
     def _end(self, entry: BlockStats, visit: _Record, by: _Record | None, now: float) -> Group:
-        role = TAIL if entry.key.kind == "tail" else BLOCK
-        group = visit.groups[pack_entry(role, min(entry.uses, MOST_USES), entry.pause)]
+        group = visit.groups[entry.life]
         group.alive -= 1
         was_last = visit.last is entry
         if was_last:
@@ -191,12 +189,12 @@ class ReuseModel:
         if by is None:
             return group
         if was_last:
-            self._observe(visit.pack() | group.packed | LAST, now - visit.time, 1.0)
+            self._observe(_life_code(visit, group.packed) | LAST, now - visit.time, 1.0)
         elif group.reused_by is by and group.observation >= self._dropped:
-            self._weights[group.observation - self._dropped] += self._weight(visit, role)
+            self._weights[group.observation - self._dropped] += self._weight(visit, entry.life & 3)
         else:
             group.reused_by, group.observation = by, self._dropped + len(self._codes)
-            self._observe(self._life_code(group), now - visit.time, self._weight(visit, role))
+            self._observe(_life_code(visit, group.packed), now - visit.time, self._weight(visit, entry.life & 3))
         return group
 
     def _observe(self, code: int, age: float, weight: float) -> None:
@@ -211,18 +209,11 @@ class ReuseModel:
 
     # -- what policies ask ---------------------------------------------------------------------------------------------
     @staticmethod
-    def _life_code(group: Group) -> int:
-        visit = group.visit
-        gap = 0 if group.packed >> 9 else visit.gap_class
-        return visit.pack() | group.packed | gap << 9
-
-    @staticmethod
     def code(entry: BlockStats) -> int:
         """What is known at the beginning of its life, see `hazards`."""
         visit = _record(entry.visit)
-        tail = entry.key.kind == "tail"
-        role = TAIL if tail else LAST if entry.key.position >= visit.end else BLOCK
-        return visit.pack() | pack_entry(role, min(entry.uses, MOST_USES), entry.pause or visit.gap_class)
+        code = _life_code(visit, entry.life)
+        return code | LAST if entry.key.position >= visit.end and entry.key.kind == "block" else code
 
     def index(self, entry: BlockStats, now: float) -> float:
         """The best rate of reuse per second from now on."""
@@ -265,15 +256,15 @@ class ReuseModel:
     def _alive(self, visit: _Record, now: float, codes: array[int], ages: array[float], weights: array[float]) -> None:
         """Add what is alive of a visit."""
         last, age = visit.last, now - visit.time
-        own = None if last is None else pack_entry(BLOCK, min(last.uses, MOST_USES), last.pause)
-        for packed, group in visit.groups.items():
-            count = group.alive - (packed == own)
+        own = None if last is None else last.life
+        for life, group in visit.groups.items():
+            count = group.alive - (life == own)
             if count > 0:
-                codes.append(self._life_code(group))
+                codes.append(_life_code(visit, life))
                 ages.append(age)
-                weights.append(count * self._weight(visit, packed & 3))
-        if last is not None and own is not None:
-            codes.append(visit.pack() | own | (0 if last.pause else visit.gap_class << 9) | LAST)
+                weights.append(count * self._weight(visit, life & 3))
+        if own is not None:
+            codes.append(_life_code(visit, own) | LAST)
             ages.append(age)
             weights.append(1.0)
 
@@ -289,6 +280,12 @@ def _between(risks: list[float], age: float) -> float:
     """Expected reuses up to ``age``, from those up to the beginning of each bin."""
     index = age_bin(age)
     return risks[index] + (age - EDGE_LIST[index]) * (risks[index + 1] - risks[index]) / WIDTH_LIST[index]
+
+
+def _life_code(visit: _Record, life: int) -> int:
+    """Where an entry was used once, the pause before its visit speaks for its own."""
+    code = visit.pack() | life
+    return code if life >> 9 else code | visit.gap_class << 9
 
 
 def _record(visit: Visit) -> _Record:
