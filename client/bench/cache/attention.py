@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from builders.demo.questions import Conversation, Turn
     from python_backends.decoder.engine import Engine
     from python_backends.decoder.sequence import Piece
-    from python_backends.kv.blocks import EntryId, EntryKey
+    from python_backends.kv.blocks import EntryId, EntryKey, Tier
     from python_backends.kv.cache import KvCache
     from python_backends.manifest import Manifest
     from python_backends.runtime.base import Float32, KvLayout
@@ -43,7 +43,7 @@ ANSWER_TOKENS = 80
 MEMORY_BYTES = 2**29
 """More than one conversation leaves."""
 WEIGHTS = (0.0, 0.5, 1.0)
-ARRIVALS = 4
+ARRIVALS = 8
 """Draws of the times."""
 
 
@@ -136,10 +136,10 @@ def _open_cache(layout: KvLayout, note: Callable[[Sequence[EntryKey], Sequence[f
             note(keys, masses)
             super().observe(keys, masses)
 
-    memory = {"device": Arena("device", MEMORY_BYTES, alignment=alignment_for(layout.block_bytes))}
-    limits = {"device": TierLimits(memory["device"].usable_bytes)}
+    arena = Arena("device", MEMORY_BYTES, alignment=alignment_for(layout.block_bytes))
+    limits: dict[Tier, TierLimits] = {"device": TierLimits(arena.usable_bytes)}
     manager = KvManager(limits, make_policies("lru", limits), block_tokens=layout.block_tokens)
-    return Watched(layout, "recording", manager, {**memory}, {**memory})
+    return Watched(layout, "recording", manager, {"device": arena}, {"device": arena})
 
 
 def record(built: Manifest, conversations: int, seed: int, report: Callable[[str], None]) -> list[Talk]:

@@ -24,8 +24,6 @@ class Visit:
     """Tokens up to and with its last entry so far."""
     turn: int = 1
     """How many visits in a row continued one another."""
-    gap: float = 0.0
-    """Seconds since the visit it continues; 0 where there is none."""
     answer: int = 0
     """Tokens of its answer so far; whoever serves the request sets it."""
     lru_bytes: int = 0

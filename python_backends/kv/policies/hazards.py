@@ -63,7 +63,8 @@ def age_bin(age: float) -> int:
 
 def _bins(ages: Float64) -> Int64:
     """`age_bin` of each."""
-    return np.minimum(PER_OCTAVE * np.log2(ages + 1.0), BINS - 1.0).astype(np.int64)
+    found: Int64 = np.minimum(PER_OCTAVE * np.log2(ages + 1.0), BINS - 1.0).astype(np.int64)
+    return found
 
 
 def gap_class(seconds: float) -> int:
@@ -117,7 +118,7 @@ class Hazards:
         later = np.cumsum(count[:, ::-1], 1)[:, ::-1] - count
         at_risk = partial + later * np.append(_WIDTHS[:-1], 0.0)
         first = len(ended[0])
-        reuses = np.bincount(cell[:first], weight[:first], cells).reshape(shape)
+        reuses = np.bincount(cell[:first], weight[:first], cells).astype(np.float64).reshape(shape)
         self._fit_factors(known, reuses, at_risk * PRIOR)
 
     def _fit_factors(self, known: Int64, reuses: Float64, expected: Float64) -> None:
@@ -139,13 +140,14 @@ class Hazards:
 def _sum_rows(values: Float64, of_row: Int64, classes: int) -> Float64:
     """[rows, BINS] → [classes, BINS]."""
     cell = (of_row[:, None] * BINS + np.arange(BINS)).ravel()
-    return np.bincount(cell, values.ravel(), classes * BINS).reshape(classes, BINS)
+    return np.bincount(cell, values.ravel(), classes * BINS).astype(np.float64).reshape(classes, BINS)
 
 
 def _smooth(values: Float64) -> Float64:
     """Over neighbouring ages; sums are kept but at the ends."""
     padded = np.pad(values, ((0, 0), (1, 1)), mode="edge")
-    return SMOOTH[0] * padded[:, :-2] + SMOOTH[1] * padded[:, 1:-1] + SMOOTH[2] * padded[:, 2:]
+    found: Float64 = SMOOTH[0] * padded[:, :-2] + SMOOTH[1] * padded[:, 1:-1] + SMOOTH[2] * padded[:, 2:]
+    return found
 
 
 def gittins(hazard: Float64) -> Float64:

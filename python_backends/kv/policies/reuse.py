@@ -62,6 +62,7 @@ class _Record(Visit):
     last: BlockStats | None = None
     """The deepest block."""
     gap_class: int = 0
+    """Of the seconds since the visit that it continues; 0 where there is none."""
     packed: int = 0
     """`pack_visit`, as it was for this end and answer."""
     packed_of: tuple[int, int] = (-1, 0)
@@ -143,10 +144,9 @@ class ReuseModel:
         if position > record.matched:
             record.matched = position
             if 2 * position >= before.end:
-                record.turn, record.gap = before.turn + 1, record.time - before.time
-                record.gap_class = gap_class(record.gap)
+                record.turn, record.gap_class = before.turn + 1, gap_class(record.time - before.time)
             else:
-                record.turn, record.gap, record.gap_class = 1, 0.0, 0
+                record.turn, record.gap_class = 1, 0
         old = self._end(entry, before, record, now)
         entry.visit = record
         entry.uses += 1

@@ -91,6 +91,19 @@ def test_attention_is_evidence_that_fades_and_is_neutral_where_there_is_none() -
     assert policy.worth(made, 1.0) < neutral[0]
 
 
+def test_the_rank_is_the_worth_whatever_was_ranked_before() -> None:
+    model = ReuseModel()
+    policy = A2CR(model, attention_weight=0.5)
+    first, second = entry(model, 1, 0.0), entry(model, 2, 3.0)
+    deeper = BlockStats(key(3, 128), first.visit)
+    model.add(deeper)
+    for mass in (None, 4.0, 0.5):
+        first.mass = mass
+        for now in (5.0, 5.0, 80.0):
+            for one in (first, first, second, deeper, first):
+                assert policy.rank(one, now) == (policy.worth(one, now), -one.key.position)
+
+
 def test_worth_counts_the_cost_of_computing_and_the_bytes() -> None:
     model = ReuseModel()
     policy = A2CR(model)
