@@ -15,23 +15,32 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from builders.demo.drawing import model_pixels, render
+from builders.demo.evaluate import request
+from builders.demo.model import IMAGE_SIZE
+from builders.demo.questions import HELD_OUT, Conversation, Turn, conversation
 from client.bench.cache.simulate import replay
 from client.bench.cache.workloads import Namer, Request
 from client.bench.report import columns
+from python_backends import config, contract
+from python_backends.decoder import sequence
+from python_backends.decoder.engine import Engine
+from python_backends.decoder.open import open_runtime, open_tokenizer
+from python_backends.decoder.parameters import parameters_within
 from python_backends.errors import InternalError
-
-if TYPE_CHECKING:
-    from builders.demo.questions import Conversation, Turn
-    from python_backends.decoder.engine import Engine
-    from python_backends.decoder.sequence import Piece
-    from python_backends.kv.blocks import EntryId, EntryKey, Tier
-    from python_backends.kv.cache import KvCache
-    from python_backends.manifest import Manifest
-    from python_backends.runtime.base import Float32, KvLayout
+from python_backends.kv.blocks import EntryId, EntryKey, Tier, TierLimits
+from python_backends.kv.cache import KvCache
+from python_backends.kv.manager import KvManager
+from python_backends.kv.policies import make_policies
+from python_backends.kv.tiers.arena import Arena, alignment_for
+from python_backends.manifest import Manifest
+from python_backends.prompt import open_tokenizer as open_prompts
+from python_backends.runtime.base import Float32, KvLayout, UInt8
+from python_backends.runtime.onnxruntime import OnnxRuntimeVision
 
 BLOCK_TOKENS = 16
 """A conversation of the demo checkpoint has some hundred tokens."""
@@ -64,12 +73,6 @@ class _Recorder:
     """An engine, and the masses that it reports to its cache."""
 
     def __init__(self, built: Manifest, opened: ExitStack) -> None:
-        from python_backends import config, contract
-        from python_backends.decoder.engine import Engine
-        from python_backends.decoder.open import open_runtime, open_tokenizer
-        from python_backends.prompt import open_tokenizer as open_prompts
-        from python_backends.runtime.onnxruntime import OnnxRuntimeVision
-
         self._settings = replace(
             config.load(built.repository), kv_block_tokens=BLOCK_TOKENS, max_batch_size=1, max_draft=0,
             hmt_attention_weight=1.0,
@@ -79,7 +82,7 @@ class _Recorder:
         opened.callback(self._vision.close)
         runtime = open_runtime(built, self._settings)
         cache = _open_cache(runtime.kv_layout, self._note)
-        self._engine: Engine = Engine(runtime, open_tokenizer(built), self._settings, cache=cache)
+        self._engine = Engine(runtime, open_tokenizer(built), self._settings, cache=cache)
         opened.callback(self._engine.close)
         self._noted: Asked | None = None
 
@@ -88,9 +91,10 @@ class _Recorder:
         if self._noted is None:
             self._noted = Asked(tuple(key.id for key in keys), tuple(masses))
 
-    def encode(self, pixels: Sequence[Any]) -> Float32:
-        """[n · tokens per image, D] of pictures [H, W, 3] uint8."""
-        return np.concatenate(list(self._vision.encode(np.stack(pixels).transpose(0, 3, 1, 2))))
+    def encode(self, pixels: UInt8) -> Float32:
+        """[tokens per image, D] of a picture [H, W, 3]."""
+        features: Float32 = self._vision.encode(pixels.transpose(2, 0, 1)[None])[0]
+        return features
 
     def ask(
         self, messages: list[dict[str, Any]], images: Sequence[bytes], features: Float32 | None
@@ -100,23 +104,20 @@ class _Recorder:
         Raises:
             InternalError: the cache did not hold all of the prompt.
         """
-        from python_backends.decoder.parameters import parameters_within
-        from python_backends.decoder.sequence import Request as Submitted
-
         prompt = self._prompts([], [json.dumps(messages).encode()], images)
         ids = prompt.input_ids.tolist()
         parameters = parameters_within(self._settings, max_tokens=ANSWER_TOKENS, temperature=0.0)
-        pieces: list[Piece] = []
+        pieces: list[sequence.Piece] = []
         done = threading.Event()
 
-        def sink(piece: Piece) -> None:
+        def sink(piece: sequence.Piece) -> None:
             pieces.append(piece)
             if piece.finish_reason:
                 done.set()
 
         self._noted = None if len(ids) >= BLOCK_TOKENS else Asked((), ())
         starts = prompt.image_starts.tolist()
-        self._engine.submit(Submitted(ids, parameters, sink, image_starts=starts, image_features=features))
+        self._engine.submit(sequence.Request(ids, parameters, sink, image_starts=starts, image_features=features))
         done.wait()
         if self._noted is None or len(self._noted.blocks) != len(ids) // BLOCK_TOKENS:
             raise InternalError(f"masses of {self._noted and len(self._noted.blocks)} blocks of {len(ids)} tokens")
@@ -125,11 +126,6 @@ class _Recorder:
 
 def _open_cache(layout: KvLayout, note: Callable[[Sequence[EntryKey], Sequence[float]], None]) -> KvCache:
     """One tier in memory that tells ``note`` what it is told of attention."""
-    from python_backends.kv.blocks import TierLimits
-    from python_backends.kv.cache import KvCache
-    from python_backends.kv.manager import KvManager
-    from python_backends.kv.policies import make_policies
-    from python_backends.kv.tiers.arena import Arena, alignment_for
 
     class Watched(KvCache):
         def observe(self, keys: Sequence[EntryKey], masses: Sequence[float]) -> None:
@@ -148,8 +144,6 @@ def record(built: Manifest, conversations: int, seed: int, report: Callable[[str
     Raises:
         ArtifactError: the repository is not built.
     """
-    from builders.demo.questions import HELD_OUT, conversation
-
     rng = random.Random(f"attention/{seed}")
     talks = []
     with ExitStack() as opened:
@@ -161,13 +155,9 @@ def record(built: Manifest, conversations: int, seed: int, report: Callable[[str
 
 
 def _hold(recorder: _Recorder, talk: Conversation, rng: random.Random) -> Talk:
-    from builders.demo.drawing import model_pixels, render
-    from builders.demo.evaluate import request
-    from builders.demo.model import IMAGE_SIZE
-
     pictures = [render(scene) for scene in talk.scenes]
     encoded = [_png(picture) for picture in pictures]
-    features = [recorder.encode([model_pixels(picture, IMAGE_SIZE)]) for picture in pictures]
+    features = [recorder.encode(model_pixels(picture, IMAGE_SIZE)) for picture in pictures]
     turns: list[Turn] = []
     answers: list[str] = []
     found = []
