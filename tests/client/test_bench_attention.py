@@ -11,7 +11,17 @@ from typer.testing import CliRunner
 
 from builders.build import Options, build
 from builders.quantize import Precision
-from client.bench.cache.attention import TURNS, WEIGHTS, Asked, Talk, compare, record, requests_of
+from client.bench.cache.attention import (
+    OTHERS,
+    TURNS,
+    WEIGHTS,
+    Asked,
+    Talk,
+    compare,
+    record,
+    requests_of,
+    with_masses_of_others,
+)
 from client.bench.cache.simulate import replay
 from client.commands.app import app
 from tests.checkpoints import DEMO
@@ -59,10 +69,23 @@ def test_masses_that_tell_what_comes_again_raise_the_hit_rate_and_without_weight
     assert rates[1.0] > rates[0.0] + 0.05
 
 
+def test_others_masses_are_those_of_prompts_as_long(talks: list[Talk]) -> None:
+    swapped = with_masses_of_others(talks, 1)
+    assert swapped != talks
+
+    def asked(talks: list[Talk]) -> list[Asked]:
+        return [asked for talk in talks for asked in talk]
+
+    assert [each.blocks for each in asked(swapped)] == [each.blocks for each in asked(talks)]
+    assert all(len(each.masses) == len(each.blocks) for each in asked(swapped))
+    assert sorted(each.masses for each in asked(swapped)) == sorted(each.masses for each in asked(talks))
+
+
 def test_gains_are_differences_of_the_same_draws() -> None:
     found = compare(made_up(16.0), 8, 3)
-    for weight, (gain, error) in found.gains.items():
-        assert gain == pytest.approx(found.by_weight[weight] - found.by_weight[0.0])
+    assert list(found.by_weight) == ["0", *found.gains] == [*(f"{weight:g}" for weight in WEIGHTS), OTHERS]
+    for name, (gain, error) in found.gains.items():
+        assert gain == pytest.approx(found.by_weight[name] - found.by_weight["0"])
         assert 0 <= error < 0.1
     assert max(*found.by_weight.values(), found.lru) <= found.belady + 1e-9
 

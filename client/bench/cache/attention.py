@@ -52,6 +52,7 @@ ANSWER_TOKENS = 80
 MEMORY_BYTES = 2**29
 """More than one conversation leaves."""
 WEIGHTS = (0.0, 0.5, 1.0)
+CONTROL_WEIGHT, OTHERS = 0.5, "others"
 ARRIVALS = 8
 """Draws of the times."""
 
@@ -193,6 +194,17 @@ def requests_of(talks: Sequence[Talk], seed: int) -> list[Request]:
     return sorted(found, key=lambda request: request.time)
 
 
+def with_masses_of_others(talks: Sequence[Talk], seed: int) -> list[Talk]:
+    """Every prompt with the masses of a random prompt that is as long: what is left is what a block's place tells."""
+    rng = random.Random(seed)
+    by_length: dict[int, list[tuple[float, ...]]] = {}
+    for asked in (asked for talk in talks for asked in talk):
+        by_length.setdefault(len(asked.blocks), []).append(asked.masses)
+    for masses in by_length.values():
+        rng.shuffle(masses)
+    return [[Asked(asked.blocks, by_length[len(asked.blocks)].pop()) for asked in talk] for talk in talks]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One capacity over all draws of the times."""
@@ -202,8 +214,9 @@ class Outcome:
     lru: float
     belady: float
     """Share of the prompts' tokens that was held, mean over the draws, as the next."""
-    by_weight: dict[float, float]
-    gains: dict[float, tuple[float, float]]
+    by_weight: dict[str, float]
+    """Weight of attention; `OTHERS`: `CONTROL_WEIGHT` on the masses of other prompts."""
+    gains: dict[str, tuple[float, float]]
     """Over weight 0: mean of the differences, draw by draw, and its standard error."""
 
     def as_dict(self) -> dict[str, object]:
@@ -213,26 +226,32 @@ class Outcome:
 
 def compare(talks: Sequence[Talk], capacity: int, seed: int) -> Outcome:
     """Replay the conversations under every weight, `ARRIVALS` times."""
-    rates: dict[object, list[float]] = {}
+    rates: dict[str, list[float]] = {}
+
+    def note(name: str, talks: Sequence[Talk], draw: int, policy: str, weight: float = 0.0) -> None:
+        found = replay(requests_of(talks, seed + draw), policy, capacity, 1, attention_weight=weight)
+        rates.setdefault(name, []).append(found.token_hit_rate)
+
     for draw in range(ARRIVALS):
-        requests = requests_of(talks, seed + draw)
         for policy in ("lru", "belady"):
-            rates.setdefault(policy, []).append(replay(requests, policy, capacity, 1).token_hit_rate)
+            note(policy, talks, draw, policy)
         for weight in WEIGHTS:
-            found = replay(requests, "a2cr", capacity, 1, attention_weight=weight)
-            rates.setdefault(weight, []).append(found.token_hit_rate)
+            note(f"{weight:g}", talks, draw, "a2cr", weight)
+        note(OTHERS, with_masses_of_others(talks, seed + draw), draw, "a2cr", CONTROL_WEIGHT)
     means = {name: float(np.mean(values)) for name, values in rates.items()}
+    lru, belady = means.pop("lru"), means.pop("belady")
     gains = {}
-    for weight in WEIGHTS[1:]:
-        difference = np.subtract(rates[weight], rates[WEIGHTS[0]])
-        gains[weight] = (float(difference.mean()), float(difference.std(ddof=1) / ARRIVALS**0.5))
-    return Outcome(capacity, means["lru"], means["belady"], {weight: means[weight] for weight in WEIGHTS}, gains)
+    for name in list(means)[1:]:
+        difference = np.subtract(rates[name], rates["0"])
+        gains[name] = (float(difference.mean()), float(difference.std(ddof=1) / ARRIVALS**0.5))
+    return Outcome(capacity, lru, belady, means, gains)
 
 
 def attention_text(talks: Sequence[Talk], outcomes: Sequence[Outcome]) -> str:
     """What `wicore bench attention` prints."""
-    heads = ["blocks", "LRU", *(f"A²CR, weight {weight:g}" for weight in WEIGHTS), "Belady"]
-    heads += [f"gain by {weight:g}" for weight in WEIGHTS[1:]]
+    first = outcomes[0]
+    heads = ["blocks", "LRU", *(f"A²CR, {name}" for name in first.by_weight), "Belady"]
+    heads += [f"gain by {name}" for name in first.gains]
     rows = [
         [
             each.capacity, *(f"{rate:.4f}" for rate in (each.lru, *each.by_weight.values(), each.belady)),
