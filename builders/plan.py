@@ -52,7 +52,7 @@ class PlanBuilder:
         try:
             self._trt = load_module(module)
         except ArtifactError as error:
-            raise BuildError(f"{error.message}; or build with --no-plans") from error
+            raise BuildError(f"{error.message}; or build without --plans") from error
         self.module, self.version = module, str(self._trt.__version__)
         self.capabilities = tuple(capabilities)
         self._timing_cache = timing_cache

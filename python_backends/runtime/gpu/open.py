@@ -75,7 +75,7 @@ def _products(folder: Path, config: Config) -> Callable[[Device, ModelShape, Dev
     if index is None:
         raise ConfigError(
             "enable_kernel_fusion is off, so that TensorRT plans do the work between attentions, and this build has "
-            "none; build again without --no-plans, or switch it on"
+            "none; build again with --plans, or switch it on"
         )
 
     def over_plans(device: Device, model: ModelShape, weights: DeviceWeights, max_tokens: int) -> PlanProducts:
