@@ -32,7 +32,7 @@ check: .venv/test.stamp
 	$(BIN)/mypy
 
 test: check browser
-	$(BIN)/pytest -m "not soak"
+	$(BIN)/pytest -m "not soak" -n 2 --dist loadfile
 
 # The page is tested in a real browser. Without one those tests are skipped, and this line says so.
 browser:

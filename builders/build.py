@@ -89,7 +89,7 @@ class Options:
                 f"choose one of {', '.join(RUNTIMES[self.runtime])}"
             )
         if self.compute_capabilities and not self.plans:
-            raise BuildError("--compute-capability is for plans alone; leave it or --no-plans out")
+            raise BuildError("--compute-capability is for plans alone; add --plans or leave it out")
         if self.gpu:
             self._check_gpu()
         elif self.plans:
@@ -97,7 +97,7 @@ class Options:
 
     def _check_gpu(self) -> None:
         if self.plans and self.precision.name == "fp32":
-            raise BuildError("plans have no precision 'fp32': TensorRT has no attention in it; build with --no-plans")
+            raise BuildError("plans have no precision 'fp32': TensorRT has no attention in it; build without --plans")
         block = {"int8": PER_CHANNEL, "int4": GROUP}.get(self.precision.name)
         if block is not None and (self.precision.block != block or not self.precision.symmetric):
             raise BuildError(

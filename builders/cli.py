@@ -69,14 +69,14 @@ def build(
         ),
     ] = "onnxruntime",
     plans: Annotated[
-        bool | None,
+        bool,
         typer.Option(
             "--plans/--no-plans",
-            help="GPUs: build TensorRT plans beside the weights. Those of tensorrt-rtx build without a GPU; without "
-            "plans WiCore's own kernels do their work. [default: plans, except in fp32]",
-            show_default=False,
+            help="GPUs: build TensorRT plans beside the weights, for the vision tower and for enable_kernel_fusion "
+            "false. Those of tensorrt-rtx build without a GPU. Without plans our own kernels decode, and the tower "
+            "runs on the CPU.",
         ),
-    ] = None,
+    ] = False,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(
@@ -116,7 +116,7 @@ def build(
             Precision.of(precision.value, block_size, not asymmetric),
             runtime,
             max_context,
-            plans=runtime != ONNXRUNTIME and precision is not PrecisionChoice.FP32 if plans is None else plans,
+            plans=plans,
             compute_capabilities=tuple(compute_capability or ()),
         )
         folder = resolve(checkpoint, revision)

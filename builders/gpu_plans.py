@@ -17,8 +17,6 @@ from builders.graph.vision_plan import write_vision_graph
 from builders.model_config import TextConfig, VisionConfig
 from builders.plan import PlanBuilder
 from builders.quantize import PrecisionName
-from python_backends.manifest import TENSORRT
-from python_backends.runtime.gpu.engines import MODULES
 from python_backends.runtime.gpu.plans import FIRST, FORMAT, PIECES, SINGLE, VISION, Plan, PlanIndex, Profile
 
 MAX_TOKENS = 4096
@@ -122,10 +120,9 @@ class PlanWriter:
             BuildError: also a text-only checkpoint, or one that cannot be read.
         """
         profiles = vision_profiles(vision_config(checkpoint))
-        alone = self.builder.module == MODULES[TENSORRT]  # Triton's own backend may run it
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             graph = write_vision_graph(checkpoint, self.precision, Path(scratch))
-            return self._index(folder, self.builder.build(graph, folder / plan_file(VISION), profiles, alone=alone))
+            return self._index(folder, self.builder.build(graph, folder / plan_file(VISION), profiles))
 
     def _index(self, folder: Path, *plans: Plan) -> PlanIndex:
         index = PlanIndex(

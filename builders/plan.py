@@ -52,17 +52,14 @@ class PlanBuilder:
         try:
             self._trt = load_module(module)
         except ArtifactError as error:
-            raise BuildError(f"{error.message}; or build with --no-plans") from error
+            raise BuildError(f"{error.message}; or build without --plans") from error
         self.module, self.version = module, str(self._trt.__version__)
         self.capabilities = tuple(capabilities)
         self._timing_cache = timing_cache
         self._targets = [self._target(capability) for capability in capabilities]
 
-    def build(self, onnx: Path, target: Path, profiles: Sequence[Profile], *, alone: bool = False) -> Plan:
+    def build(self, onnx: Path, target: Path, profiles: Sequence[Profile]) -> Plan:
         """Build the graph ``onnx`` into the plan file ``target``.
-
-        A plan that can stand ``alone`` may allocate its scratch memory itself; the others use what they are given, and
-        can always be captured in a CUDA graph.
 
         Raises:
             BuildError: TensorRT refuses the graph, with its reasons.
@@ -77,9 +74,6 @@ class PlanBuilder:
             reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
             raise BuildError(f"{self.module} {self.version} cannot read {onnx.name}: {reasons}")
         config = self._config(builder, profiles)
-        user_memory = getattr(self._trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
-        if user_memory is not None and not alone:
-            config.set_flag(user_memory)
         with self._timed(config):
             built = builder.build_serialized_network(network, config)
         if built is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -229,6 +230,7 @@ class Progress:
 
 _SELDOM = ("usage", "prompt_token_logprobs", "top_logprobs", "tool_calls", "error_code", "finish_reason")
 """Outputs that are empty but for few pieces."""
+_of_seldom = operator.itemgetter(*_SELDOM)
 _EMPTY_BYTES = 4
 """Of a string output on the wire."""
 
@@ -249,9 +251,10 @@ def read_piece(response: service_pb2.ModelStreamInferResponse) -> Piece | None:
     text, index = _word(raw["text_output"]), int.from_bytes(raw["index"], "little")
     token_ids = tuple(memoryview(raw["token_ids"]).cast("i"))
     logprobs = tuple(memoryview(raw["token_logprobs"]).cast("f"))
-    if not any(len(raw[name]) > _EMPTY_BYTES for name in _SELDOM):  # as nearly every piece
+    seldom = _of_seldom(raw)
+    if max(map(len, seldom)) <= _EMPTY_BYTES:  # as nearly every piece
         return Piece(text, token_ids, logprobs, index=index)
-    usage, prompt, tops, calls, error, reason = (_word(raw[name]) for name in _SELDOM)
+    usage, prompt, tops, calls, error, reason = map(_word, seldom)
     return Piece(
         text=text,
         token_ids=token_ids,

@@ -76,10 +76,15 @@ class Options(TypedDict, total=False):
     """Requests share what the KV cache holds with those of the same salt only."""
     traceparent: str
     """The trace (W3C Trace Context) that the server's spans are to join, where it keeps traces."""
+    wicore_line: str
+    """A line that is open to the decoder (`python_backends.decoder.lines`); the request ends with it."""
 
 
 _JSON = ("messages", "tools", "tool_choice", "response_format", "logit_bias")
 """Inputs that hold JSON."""
+
+_PARAMETERS = (tracing.PARAMETER, contract.LINE)
+"""Options that are no inputs: an ensemble hands a request's parameters to every stage."""
 
 _NUMPY: dict[contract.TritonType, Any] = {
     "TYPE_INT32": np.int32,
@@ -113,10 +118,10 @@ def generate_request(
     if options.get("logit_bias") is not None:
         values["logit_bias"] = _biases(options["logit_bias"])
     values |= {name: _json(name, values[name]) for name in _JSON if values.get(name) is not None}
-    traceparent = values.pop(tracing.PARAMETER, None)
+    parameters = {name: value for name in _PARAMETERS if (value := values.pop(name, None))}
     request = infer_request(contract.MODELS[contract.ENSEMBLE], values, request_id)
-    if traceparent:
-        request.parameters[tracing.PARAMETER].string_param = traceparent
+    for name, value in parameters.items():
+        request.parameters[name].string_param = value
     return request
 
 

@@ -91,7 +91,10 @@ def choose(folder: Path, settings: Config) -> Plan:
         )
     # What kept KV takes of the host's memory is not the slots'.
     kept = settings.kv_cache_share if settings.enable_hmt and not on_gpu else 0.0
-    slots, context, kv = _slots(checkpoint, settings, (free - needed) * KV_SHARE * (1 - kept))
+    room = (free - needed) * KV_SHARE
+    if not on_gpu:
+        room = min(room, settings.cpu_memory_gb * 1e9)  # which is of KV alone
+    slots, context, kv = _slots(checkpoint, settings, room * (1 - kept))
     kv /= 1 - kept
     block = PER_CHANNEL if runtime != ONNXRUNTIME and precision == "int8" else None
     return Plan(runtime, precision, block, needed / 1e9, free / 1e9, slots, context, kv / 1e9, on_gpu)
@@ -107,7 +110,7 @@ def _runtime(settings: Config) -> tuple[str, float, bool]:
                 return name, free, True
         if settings.execution_provider != CPU and not missing_for_cuda():
             return ONNXRUNTIME, free, True
-    return ONNXRUNTIME, min(float(psutil.virtual_memory().available), settings.cpu_memory_gb * 1e9), False
+    return ONNXRUNTIME, float(psutil.virtual_memory().available), False
 
 
 def _num_weights(checkpoint: Checkpoint) -> int:

@@ -41,6 +41,7 @@ MAY_BE_ZERO = frozenset(
         "nvme_daily_writes_gb",
         "nvme_free_floor_gb",
         "kv_salt_quota_gb",
+        "hmt_attention_weight",
         "prefetch_size",
         "drain_s",
     )
@@ -166,6 +167,8 @@ class Config:
     """Most tokens of a waiting prompt whose KV is brought up from the disk; what lies further is computed. 0: none."""
     hmt_eviction_policy: str = "a2cr"
     """What leaves a full tier first; see docs/hmt-policies.md."""
+    hmt_attention_weight: float = 0.0
+    """Exponent of the attention an entry received in its worth; 0: attention is not asked for."""
     hmt_decay_factor: float = 0.01
     """Per second since an entry's last use, how its attention loses weight."""
     hmt_gpu_threshold: float = 0.85

@@ -19,6 +19,9 @@ VISION_ENCODER = "vision_encoder"
 DECODER = "decoder"
 STAGES = (TOKENIZER, IMAGE_PROCESSOR, VISION_ENCODER, DECODER)
 
+LINE = "wicore_line"
+"""Request parameter, which an ensemble hands to every stage: the line (`decoder.lines`) that the request ends with."""
+
 
 @dataclass(frozen=True)
 class Tensor:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from python_backends import logs, tracing
 from python_backends.config import Config
-from python_backends.contract import Model, Tensor, TritonType
-from python_backends.errors import InternalError, InvalidParameterError, WiCoreError
+from python_backends.contract import LINE, Model, Tensor, TritonType
+from python_backends.errors import InternalError, InvalidParameterError, InvalidTextError, WiCoreError
 
 log = logging.getLogger("wicore")
 
@@ -45,8 +45,9 @@ TRITON_PARAMETERS = (
     "classification",
     "headers",
     tracing.PARAMETER,
+    LINE,
 )
-"""Beginnings of the request parameters that Triton and its clients use themselves, and that of traces."""
+"""Beginnings of the request parameters that Triton and its clients use themselves, and our own."""
 
 
 def start_logging(stage: str, settings: Config) -> None:
@@ -56,7 +57,16 @@ def start_logging(stage: str, settings: Config) -> None:
 
 def traceparent(request: Any) -> str:
     """The request's trace (`tracing`); empty where it has none."""
-    return str(json.loads(request.parameters() or "{}").get(tracing.PARAMETER, ""))
+    return _parameter(request, tracing.PARAMETER)
+
+
+def line(request: Any) -> str:
+    """The line that the request ends with (`decoder.lines`); empty where it names none."""
+    return _parameter(request, LINE)
+
+
+def _parameter(request: Any, name: str) -> str:
+    return str(json.loads(request.parameters() or "{}").get(name, ""))
 
 
 def repository(args: Mapping[str, str]) -> Path:
@@ -90,6 +100,18 @@ def text(request: Any, name: str) -> list[bytes]:
     """A BYTES input as a list; empty where the request left it out."""
     values = array(request, name)
     return [] if values is None else [bytes(value) for value in values.reshape(-1)]
+
+
+def strings(request: Any, name: str) -> list[str]:
+    """As `text`, decoded.
+
+    Raises:
+        InvalidTextError: not UTF-8.
+    """
+    try:
+        return [value.decode() for value in text(request, name)]
+    except UnicodeDecodeError as error:
+        raise InvalidTextError(f"{name} is not valid UTF-8 at byte {error.start}") from error
 
 
 def refuse_parameters(request: Any, names: Sequence[str]) -> None:

@@ -136,14 +136,15 @@ class GatewayTarget:
 
     name = "gateway"
 
-    def __init__(self, address: str) -> None:
-        """``address`` is the gateway's URL."""
+    def __init__(self, address: str, min_tokens: int = 0) -> None:
+        """``address`` is the gateway's URL; no answer ends, nor tries to, before ``min_tokens``."""
 
         async def connect() -> aiohttp.ClientSession:
             return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=WAIT_S))
 
         self._url = f"{address}/v1/chat/completions"
         self._stats = f"{address}/v1/stats"
+        self._min_tokens = min_tokens
         self._thread = LoopThread()
         self._session = self._thread.do(connect())
 
@@ -155,6 +156,7 @@ class GatewayTarget:
         body = {
             "messages": [{"role": "user", "content": job.text}],
             "max_tokens": job.max_tokens,
+            "min_tokens": self._min_tokens,
             "ignore_eos": True,
             "stream": True,
         }

@@ -6,7 +6,19 @@ import typer
 
 from builders.cli import build
 from client.commands import ask, chat, demo, doctor, keys, serve, session, stats, up
-from client.commands.bench import cache, engine, gateway, peers, precision, resume, tails, tiers, triton
+from client.commands.bench import (
+    aiperf,
+    attention,
+    cache,
+    engine,
+    gateway,
+    peers,
+    precision,
+    resume,
+    tails,
+    tiers,
+    triton,
+)
 from client.commands.bench import serve as bench_serve
 from client.commands.random_checkpoint import random_checkpoint
 
@@ -31,6 +43,8 @@ app.command("session")(session.session)
 app.command("random-checkpoint")(random_checkpoint)
 
 benches = typer.Typer(help="Measure speed and latency.", no_args_is_help=True, rich_markup_mode=None)
+benches.command("aiperf")(aiperf.aiperf)
+benches.command("attention")(attention.attention)
 benches.command("cache")(cache.cache)
 benches.command("engine")(engine.engine)
 benches.command("gateway")(gateway.gateway)

@@ -264,7 +264,7 @@ def _introduce(running: Supervisor, say: Callable[[str], None]) -> None:
     at = running.server.addresses
     say(f"Serving {running.server.options.repository} on {at.http} (HTTP) and {at.grpc} (gRPC)")
     if running.gateway:
-        say(f"Gateway: {running.gateway.address}/v1 (OpenAI's API)")
+        say(f"Gateway: {running.gateway.address} (a page to try it on) and {running.gateway.address}/v1 (OpenAI's API)")
     for line in sizes(running.server):
         say(line)
     say(f"Metrics: {at.metrics}   Log: {running.server.log_path}   Ctrl-C stops.")

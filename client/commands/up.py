@@ -34,10 +34,16 @@ def up(
     repository: Annotated[Path, typer.Option(help="Model repository to build into.")] = DEFAULT_REPOSITORY,
     config: ConfigFile = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 serves the network.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. 0.0.0.0 serves the network: Triton has no authentication.")
+    ] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(help="Triton's HTTP API; 0 picks a free port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="Triton's gRPC API; 0 picks a free port.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="Triton's Prometheus metrics; 0 picks a free port.")] = 8002,
+    gateway_host: Annotated[
+        str | None,
+        typer.Option(help="Address the gateway listens on; Triton can stay on this machine. [default: --host]"),
+    ] = None,
     gateway_port: Annotated[
         int | None, typer.Option(help="The gateway's port; 0 picks a free one. [default: server_port, 8080]")
     ] = None,
@@ -52,9 +58,10 @@ def up(
 
     wicore up google/gemma-3-1b-it
 
-    wicore up ./gemma-3-4b-it --host 0.0.0.0
+    wicore up ./gemma-3-4b-it --gateway-host 0.0.0.0
     """
     from builders.hub import resolve
+    from client.server import ServerOptions
     from client.sizing import choose
     from python_backends import config as configuration
 
@@ -73,7 +80,11 @@ def up(
     built = _build(folder, repository, plan, as_json=as_json)
     say(f"{colour('Built', '36')}    {repository} ({'up to date' if built.up_to_date else f'{built.seconds:.1f} s'})")
     settings = _write_configuration(repository, config, plan)
-    _serve(repository, settings, host, (http_port, grpc_port, metrics_port), gateway_port, as_json=as_json)
+    options = ServerOptions(
+        repository, host, http_port, grpc_port, metrics_port, drain_s=settings.drain_s, config=settings
+    )
+    front = gateway_settings(repository, settings, gateway_host or host, gateway_port)
+    serve_until_signal(options, front, restart=True, show_log=False, as_json=as_json)
 
 
 def _check_machine() -> None:
@@ -115,19 +126,3 @@ def _write_configuration(repository: Path, file: Path | None, plan: Plan) -> Con
         path.write_text(json.dumps(plan.configuration(), indent=2) + "\n", encoding="utf-8")
         say(f"{colour('Wrote', '36')}    {path}")
     return config.load(repository)
-
-
-def _serve(
-    repository: Path,
-    settings: Config,
-    host: str,
-    ports: tuple[int, int, int],
-    gateway_port: int | None,
-    *,
-    as_json: bool,
-) -> None:
-    from client.server import ServerOptions
-
-    options = ServerOptions(repository, host, *ports, drain_s=settings.drain_s, config=settings)
-    front = gateway_settings(repository, settings, host, gateway_port)
-    serve_until_signal(options, front, restart=True, show_log=False, as_json=as_json)

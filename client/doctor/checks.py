@@ -159,9 +159,9 @@ def shared_memory() -> Finding:
 
 def disk(folder: Path) -> Finding:
     """How fast the disk of the KV tier (or else of the cache folder) is read, past the page cache where it lets us."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        speed, direct = _read_speed(folder)
+        speed, direct = _read_speed(there)
     except OSError as error:
         return Finding("disk", "error", f"{folder}: {error.strerror}", "name a folder you can write, with free space")
     found = f"{speed / 1e9:.2f} GB/s read from {folder}" + ("" if direct else " (through the page cache)")
@@ -198,7 +198,8 @@ def ports(numbers: tuple[int, ...]) -> Finding:
     if not taken:
         return Finding("ports", "ok", f"{', '.join(map(str, numbers))} are free")
     advice = (
-        "end what listens there (ss -ltnp), or choose others: --http-port, --grpc-port, --metrics-port, server_port"
+        "unless WiCore runs already, end what listens there (ss -ltnp), or choose others: --http-port, --grpc-port, "
+        "--metrics-port, server_port"
     )
     return Finding("ports", "warning", f"taken: {', '.join(map(str, taken))}", advice)
 

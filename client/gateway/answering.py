@@ -7,7 +7,7 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,7 +18,9 @@ from starlette.types import Receive, Scope, Send
 
 from client.answer import Answer, AnswersBuilder, Piece
 from client.gateway import errors
+from client.gateway.http_protocol import EVENTS
 from client.gateway.services import Services
+from python_backends import contract
 from python_backends.errors import CancelledError, InternalError, WiCoreError
 from python_backends.tracing import PARAMETER
 
@@ -62,6 +64,8 @@ async def pieces(services: Services, ask: Ask) -> AsyncGenerator[Piece, None]:
     span = services.tracing.begin("generate", ask.traceparent, wicore__request_id=ask.request_id)
     if span.traceparent:
         options[PARAMETER] = span.traceparent
+    if services.triton.line.name:
+        options[contract.LINE] = services.triton.line.name
     stream = services.triton.client.stream(
         ask.prompt, messages=ask.messages, images=ask.images, request_id=ask.request_id, **options
     )
@@ -176,18 +180,25 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send them; stop asking for more when the client goes away."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        write = scope.get("extensions", {}).get(EVENTS, _write_nothing)
         with contextlib.suppress(CancelledError):
-            await unless_gone(receive, self._send_all(send))
+            await unless_gone(receive, self._send_all(send, write))
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, write: Callable[[bytes], bool]) -> None:
         async with aclosing(self._events) as events:
             try:
                 async for event in events:
-                    await send({"type": "http.response.body", "body": f"data: {event}\n\n".encode(), "more_body": True})
+                    data = f"data: {event}\n\n".encode()
+                    if not write(data):
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
             except WiCoreError as error:
                 text = json.dumps(errors.body_of(error), ensure_ascii=False)
                 await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+def _write_nothing(_: bytes) -> bool:
+    return False
 
 
 def check_ended(reason: str) -> str:

@@ -85,6 +85,7 @@ def create_app(settings: GatewaySettings, lifecycle: Lifecycle | None = None) ->
         )
         metrics.registry.register(DecoderCollector(monitor))
         monitor.start()
+        triton.line.start()
         try:
             yield
         finally:

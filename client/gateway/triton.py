@@ -15,6 +15,7 @@ from tritonclient.grpc import service_pb2_grpc
 from client import AsyncClient
 from client.answer import from_rpc, read_piece
 from client.calls import CHANNEL_OPTIONS
+from client.gateway.line import Line
 from client.request import infer_request
 from python_backends import contract
 from python_backends.errors import (
@@ -42,6 +43,8 @@ class Triton:
         self._address = address
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self.line = Line(self._stub)
+        """For requests to end with this process; until it is started, they do not."""
         self._probing = asyncio.Lock()
         self._stages: dict[str, str] = {}
         self._probed_s = float("-inf")
@@ -49,6 +52,7 @@ class Triton:
     async def close(self) -> None:
         """Deliver stops that are on their way, then close the connections."""
         await self.client.close()
+        await self.line.close()
         await self._channel.close()
 
     async def stats(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from python_backends import contract, manifest, tracing, triton_io
 from python_backends.config import Config, load
 from python_backends.decoder.engine import Engine
 from python_backends.decoder.formats import FormatReader
+from python_backends.decoder.lines import Lines
 from python_backends.decoder.metrics import MetricsReporter
 from python_backends.decoder.open import open_engine, open_tokenizer
 from python_backends.decoder.parameters import Parameters, parameters_within, read_logit_bias
@@ -33,7 +34,6 @@ from python_backends.errors import (
     ImageCountError,
     InternalError,
     InvalidParameterError,
-    InvalidTextError,
     OverloadedError,
     UnsupportedFeatureError,
     from_message,
@@ -92,6 +92,7 @@ class TritonPythonModel:
         self._engine: Engine = open_engine(built, self._config, on_failure=_end_process)
         self._formats = FormatReader(open_tokenizer(built), built.model)
         self._metrics = self._report_metrics()
+        self._lines = Lines()
         # Two pools: a request waits in one for its images in the other, so neither can fill up with waits for itself.
         self._preparing = ThreadPoolExecutor(ENCODE_THREADS, thread_name_prefix="wicore-prepare")
         self._room = threading.BoundedSemaphore(self._config.max_batch_size + self._config.max_queue)
@@ -109,6 +110,7 @@ class TritonPythonModel:
         self._encoders.shutdown(wait=False, cancel_futures=True)
         if self._metrics is not None:
             self._metrics.close()
+        self._lines.close()
         self._engine.close()
         self._tracing.close()
 
@@ -195,7 +197,7 @@ class TritonPythonModel:
             request_id=_word(request, "request_id"),
             traceparent=parent,
             arrived_s=arrived_s,
-            is_cancelled=answer.is_cancelled,
+            is_cancelled=self._lines.watched(triton_io.line(request)) or answer.is_cancelled,
         )
 
     def _command(self, request: Any, answer: Answer) -> None:
@@ -207,13 +209,23 @@ class TritonPythonModel:
             work = functools.partial(self._session, request, command, answer)
             self._preparing.submit(answer.guard, work)  # it may wait for disks
             return
-        if command != "stop":
-            raise InvalidParameterError(f"unknown command {command!r}; this version knows stop, stats and session.…")
+        if command not in ("stop", "line"):
+            raise InvalidParameterError(f"unknown command {command!r}; there are stop, stats, line and session.…")
         request_id = _word(request, "request_id")
         if not request_id:
-            raise InvalidParameterError("stop needs the request_id that the request to be stopped was sent with")
+            raise InvalidParameterError(f"{command} needs a request_id: the one to be stopped, or the line's name")
+        if command == "line":
+            self._open_line(request, request_id, answer)
+            return
         found = self._engine.stop(request_id)
         answer.send(Piece("", finish_reason="stop" if found else "not_found"))
+
+    def _open_line(self, request: Any, name: str, answer: Answer) -> None:
+        if triton_io.array(request, "input_ids") is not None:
+            raise InvalidParameterError("a line is a call to the decoder itself: behind an ensemble nobody is missed")
+        gone = Piece("", finish_reason="cancelled")
+        self._lines.open(name, answer.is_cancelled, functools.partial(answer.send, gone))
+        answer.send(Piece("open"))
 
     def _session(self, request: Any, command: str, answer: Answer) -> None:
         cache = self._engine.cache
@@ -332,7 +344,7 @@ def _json(value: object) -> list[bytes] | None:
 def _read_parameters(request: Any, config: Config) -> Parameters:
     values: dict[str, object] = {name: _scalar(request, name) for name in SCALARS}
     values["logit_bias"] = read_logit_bias(_word(request, "logit_bias"))
-    values["stop"] = tuple(_decoded("stop", stop) for stop in triton_io.text(request, "stop"))
+    values["stop"] = tuple(triton_io.strings(request, "stop"))
     ids = triton_io.array(request, "stop_token_ids")
     values["stop_token_ids"] = () if ids is None else tuple(ids.tolist())
     return parameters_within(config, **values)
@@ -344,15 +356,7 @@ def _scalar(request: Any, name: str) -> Any:
 
 
 def _word(request: Any, name: str) -> str:
-    values = triton_io.text(request, name)
-    return _decoded(name, values[0]) if values else ""
-
-
-def _decoded(name: str, value: bytes) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError as error:
-        raise InvalidTextError(f"{name} is not valid UTF-8 at byte {error.start}") from error
+    return next(iter(triton_io.strings(request, name)), "")
 
 
 def _check_wanted(request: Request) -> None:

@@ -81,7 +81,10 @@ class Engine:
         )
         self._budget = PrefillBudget(config.prefill_chunk, config.target_inter_token_ms / 1000)
         self.cache = cache
-        self._reuse = Reuse(cache, runtime, lambda: self._budget.token_s, lambda: self._scheduler.idle)
+        watches = config.hmt_attention_weight > 0
+        self._reuse = Reuse(
+            cache, runtime, lambda: self._budget.token_s, lambda: self._scheduler.idle, watches_attention=watches
+        )
         self._writer = AnswerWriter(tokenizer)
         self._masks = StepMasks(self.spec, config.max_draft)
         self._postprocessor = Postprocessor(runtime, self._writer, self._masks, self.stats, config.max_draft)

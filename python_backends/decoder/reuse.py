@@ -59,6 +59,7 @@ class Reuse:
         runtime: whose slots are read and filled.
         token_seconds: what a prompt token takes to compute, as far as is known.
         idle: whether a prompt that comes now is computed at once and beside nothing else.
+        watches_attention: whether the cache is told where attention goes.
     """
 
     def __init__(
@@ -67,12 +68,15 @@ class Reuse:
         runtime: DecoderRuntime,
         token_seconds: Callable[[], float],
         idle: Callable[[], bool],
+        *,
+        watches_attention: bool,
     ) -> None:
         self._cache = cache
         self._runtime = runtime
         self._image_tokens = runtime.spec.tokens_per_image
         self._token_seconds = token_seconds
         self._idle = idle
+        self._watches_attention = watches_attention
         self.block_tokens = runtime.kv_layout.block_tokens
 
     def look_up(self, request: Request) -> Hit | None:
@@ -179,6 +183,8 @@ class Reuse:
         reused.kept = min(self._cache.held_blocks(reused.ids), length // self.block_tokens)
         self._keep_blocks(reused, slot, length)
         tail = self._keep_tail(reused, slot, length)
+        if reused.visit is not None:
+            reused.visit.answer = sequence.answered
         if sequence.request.session and tail is not None:
             self._cache.keep_session(sequence.request.session, tail, reused.prompt_tail)
 
@@ -195,7 +201,9 @@ class Reuse:
 
     def wants_masses(self, sequence: ActiveSequence, *, ends_prompt: bool) -> bool:
         """Whether this step is one to look at."""
-        return sequence.reused is not None and (ends_prompt or sequence.answered % OBSERVE_EVERY == OBSERVE_EVERY - 1)
+        if not self._watches_attention or sequence.reused is None:
+            return False
+        return ends_prompt or sequence.answered % OBSERVE_EVERY == OBSERVE_EVERY - 1
 
     def _keep_blocks(self, reused: Reused, slot: int, length: int) -> None:
         assert self._cache is not None

@@ -66,11 +66,11 @@ class TierBook:
     used: int = 0
     entries: int = 0
     by_salt: dict[bytes, int] = field(default_factory=dict)
+    bit: int = field(init=False)
+    """In masks of tiers."""
 
-    @property
-    def bit(self) -> int:
-        """In masks of tiers."""
-        return 1 << self.index
+    def __post_init__(self) -> None:
+        self.bit = 1 << self.index
 
     @property
     def free(self) -> int:

@@ -218,7 +218,7 @@ class KvManager:
             entry = Entry(key, visit)
             self._reuse.add(entry)
         else:
-            self._reuse.move(entry, visit, now)
+            self._reuse.move(entry, visit, now, held=False)
         return entry
 
     def _forget(self) -> None:

@@ -112,10 +112,11 @@ class Moves:
         given: set[Entry] = set()
         exposed: list[tuple[tuple[float, ...], int, Entry]] = []
         with closing(self._victims(book, now)) as victims:
-            leaf = next(victims, None)
+            leaves = ((self._rank(victim, book, now), victim) for victim in victims)
+            leaf = next(leaves, None)
             while leaf is not None or exposed:
-                if leaf is not None and (not exposed or self._rank(leaf, book, now) < exposed[0][0]):
-                    entry, leaf = leaf, next(victims, None)
+                if leaf is not None and (not exposed or leaf[0] < exposed[0][0]):
+                    entry, leaf = leaf[1], next(leaves, None)
                 else:
                     entry = heapq.heappop(exposed)[2]
                 if entry in given:

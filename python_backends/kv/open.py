@@ -8,6 +8,7 @@ from pathlib import Path
 
 from python_backends.config import Config
 from python_backends.errors import TierError
+from python_backends.kv.admission import WorthWriting
 from python_backends.kv.blocks import Tier, TierLimits
 from python_backends.kv.cache import KvCache
 from python_backends.kv.defragmenter import Defragmenter
@@ -79,9 +80,17 @@ def open_cache(
     limits = {
         tier: TierLimits(store.usable_bytes, high=highs[tier], low=highs[tier] - 0.05) for tier, store in stores.items()
     }
+    mover = Mover(stores)
+    policies = make_policies(
+        config.hmt_eviction_policy,
+        limits,
+        decay_factor=config.hmt_decay_factor,
+        attention_weight=config.hmt_attention_weight,
+    )
     manager = KvManager(
         limits,
-        make_policies(config.hmt_eviction_policy, stores, decay_factor=config.hmt_decay_factor),
+        policies,
+        WorthWriting(policies.reuse, mover.speeds, config.nvme_daily_writes_gb * 1e9 or None),
         block_tokens=layout.block_tokens,
         needs_tails=layout.local_bytes > 0,
         quota_bytes=int(config.kv_salt_quota_gb * 1e9) or None,
@@ -95,7 +104,7 @@ def open_cache(
         manager,
         stores,
         memory,
-        Mover(stores),
+        mover,
         session_file=sessions,
         defragmenter=Defragmenter(list(memory.values()), largest),
         prefetch_tokens=config.prefetch_size,

@@ -58,9 +58,9 @@ def test_plans_lie_beside_the_weights_and_are_part_of_the_manifest(tmp_path: Pat
     assert not build(DEMO, tmp_path, others).up_to_date
 
 
-def test_the_command_line_builds_plans_unless_told_not_to(tmp_path: Path) -> None:
+def test_the_command_line_builds_plans_where_it_is_told_to(tmp_path: Path) -> None:
     found = []
-    for flags in ([], ["--no-plans"]):
+    for flags in (["--plans"], []):
         arguments = [
             "build",
             str(DEMO),
@@ -88,7 +88,7 @@ def test_a_plan_that_tensorrt_refuses_leaves_the_repository_as_it_was(tmp_path: 
 
 def test_a_missing_tensorrt_is_told_before_any_weight_is_read(tmp_path: Path) -> None:
     steps = Steps()
-    with pytest.raises(BuildError, match=r"tensorrt cannot be imported.*--no-plans"):
+    with pytest.raises(BuildError, match=r"tensorrt cannot be imported.*--plans"):
         build(DEMO, tmp_path, Options(Precision.of("bf16"), "tensorrt", plans=True), reporter=steps)
     assert steps.names == []
 
@@ -96,7 +96,7 @@ def test_a_missing_tensorrt_is_told_before_any_weight_is_read(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": Precision.of("fp32"), "plans": True}, "no precision 'fp32'.*--no-plans"),
+        ({"precision": Precision.of("fp32"), "plans": True}, "no precision 'fp32'.*--plans"),
         ({"precision": Precision.of("bf16"), "compute_capabilities": ("8.9",)}, "for plans alone"),
     ],
 )

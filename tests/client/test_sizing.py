@@ -120,6 +120,18 @@ def test_the_plan_is_a_configuration_and_says_itself(machine: SimpleNamespace) -
     assert "3 sequences" in str(plan)
 
 
+@pytest.mark.parametrize("gpu", [None, 24 * GB])
+@pytest.mark.parametrize("bytes_a_weight", [0.65, 1.2, 40.0])
+def test_a_second_run_plans_what_the_first_wrote(
+    machine: SimpleNamespace, bytes_a_weight: float, gpu: float | None
+) -> None:
+    machine.memory, machine.gpu = num_weights(DEMO_CHECKPOINT) / sizing.WEIGHTS_SHARE * bytes_a_weight, gpu
+    first = sizing.choose(DEMO_CHECKPOINT, Config())
+    second = sizing.choose(DEMO_CHECKPOINT, from_values(first.configuration(), "what the first wrote"))
+    assert dataclasses.replace(second, kv_gb=first.kv_gb) == first
+    assert second.kv_gb == pytest.approx(first.kv_gb, abs=0.001)  # as it is written
+
+
 def test_the_context_shrinks_before_the_number_of_sequences(machine: SimpleNamespace) -> None:
     machine.memory = 0.25 * GB
     plan = sizing.choose(DEMO_CHECKPOINT, Config(max_batch_size=64))

@@ -153,7 +153,7 @@ def transfers(report: Report, bench: Bench, disk: Path) -> None:
                         "beside steps", lambda b=batch, m=mapped: _beside_steps(report, bench, link, b, plain, mapped=m)
                     )
     finally:
-        bench.device.maps_small_arrays = False
+        bench.device.maps_answers = False
         bench.device.synchronize()
         link.close()
     report.guard("disk", lambda: _disk(report, bench, disk))
@@ -227,11 +227,11 @@ def _set_aside(report: Report, bench: Bench, link: Link, slot: int) -> None:
 def _beside_steps(
     report: Report, bench: Bench, link: Link, batch: int, plain: dict[str, float], *, mapped: bool
 ) -> None:
-    """``mapped``: the steps' own arrays cross the link by a kernel, not by the copy engines that KV keeps busy."""
+    """``mapped``: the steps' answers cross the link by a kernel, not by the copy engine that KV keeps busy."""
     inputs = bench.inputs(batch, min(8192, bench.decoder.spec.max_context_length) - 1)
-    bench.device.maps_small_arrays = False
+    bench.device.maps_answers = False
     wanted = bench.decoder.step(inputs).next_token
-    bench.device.maps_small_arrays = mapped
+    bench.device.maps_answers = mapped
     same = bool((bench.decoder.step(inputs).next_token == wanted).all())
     leaving = CHUNK_BLOCKS * link.block_bytes + link.tail_bytes
     flows = {
@@ -277,7 +277,10 @@ def _disk(report: Report, bench: Bench, folder: Path) -> None:
     from client.bench.tiers import Plan, measure
 
     layout = bench.decoder.kv_layout
-    found = measure(folder, Plan(DISK_BYTES, layout.block_bytes, layout.largest_tail_bytes, rounds=2))
+    found = measure(
+        folder,
+        Plan(max(DISK_BYTES, 8 * layout.largest_tail_bytes), layout.block_bytes, layout.largest_tail_bytes, rounds=2),
+    )
     for run in found["runs"]:
         speeds = {f"{name.replace(' ', '_')}_gb_s": speed / 1e9 for name, speed in run["bytes_per_s"].items()}
         report.row(

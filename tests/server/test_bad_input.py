@@ -176,4 +176,4 @@ def test_a_flood_of_pictures_is_refused_or_ends_in_time(server: Server) -> None:
 def test_commands_that_there_are_not_are_refused_with_those_there_are(server: Server) -> None:
     error = refusal(server.addresses.grpc, text_input="Hi", command="burn")
     assert type(error) is InvalidParameterError
-    assert "stop, stats and session" in error.message
+    assert "stop, stats, line and session" in error.message

@@ -63,8 +63,10 @@ def test_a_checkpoint_is_built_sized_served_and_answers_and_ctrl_c_leaves_nothin
     changed = {**written, "max_batch_size": 2}
     (tmp_path / "model_repository" / config.CONFIG_NAME).write_text(json.dumps(changed), encoding="utf-8")
     begin = time.monotonic()
-    with wicore_up(tmp_path, str(DEMO_CHECKPOINT)) as (process, ready, told):
+    with wicore_up(tmp_path, str(DEMO_CHECKPOINT), "--gateway-host", "127.0.0.2") as (process, ready, told):
         assert time.monotonic() - begin < 30
+        assert ready["gateway"].startswith("http://127.0.0.2:")
+        assert ready["http"].startswith("http://127.0.0.1:"), "Triton stays where it was"
         assert "up to date" in told.read_text(encoding="utf-8")
         assert httpx.get(f"{ready['gateway']}/v1/stats").json()["batch"]["slots"] == 2  # its owner's word counts
         process.send_signal(signal.SIGTERM)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 from client.bench.cache.baselines import ARC, LHD, S3FIFO, Belady
 from client.bench.cache.workloads import BLOCK_TOKENS, Request
+from python_backends.config import Config
 from python_backends.kv.blocks import TIERS, EntryId, Move, Tier, TierLimits
 from python_backends.kv.manager import KvManager
 from python_backends.kv.policies import PolicySet, make_policies, makers
@@ -65,10 +66,12 @@ def future_uses(requests: Sequence[Request]) -> dict[EntryId, list[float]]:
     return uses
 
 
-def policy_set(name: str, limits: Mapping[Tier, TierLimits], requests: Sequence[Request]) -> PolicySet:
+def policy_set(
+    name: str, limits: Mapping[Tier, TierLimits], requests: Sequence[Request], attention_weight: float
+) -> PolicySet:
     """The server's policies, and those that are only here to compare with."""
     if name in makers():
-        return make_policies(name, limits)
+        return make_policies(name, limits, attention_weight=attention_weight)
     uses = future_uses(requests) if name == "belady" else {}
     others: dict[str, Callable[[int], Policy]] = {
         "belady": lambda blocks: Belady(uses),
@@ -79,10 +82,17 @@ def policy_set(name: str, limits: Mapping[Tier, TierLimits], requests: Sequence[
     return PolicySet({tier: others[name](limits[tier].limit_bytes) for tier in limits}, ReuseModel())
 
 
-def replay(requests: Sequence[Request], policy: str, capacity: int, tiers: int) -> Outcome:
+def replay(
+    requests: Sequence[Request],
+    policy: str,
+    capacity: int,
+    tiers: int,
+    attention_weight: float = Config.hmt_attention_weight,
+) -> Outcome:
     """Serve the requests one after the other, each done before the next arrives."""
     limits = {tier: TierLimits(max(1, round(capacity * share)), 0.95, 0.90) for tier, share in SHARES[tiers].items()}
-    manager = KvManager(limits, policy_set(policy, limits, requests), block_tokens=BLOCK_TOKENS, needs_tails=False)
+    policies = policy_set(policy, limits, requests, attention_weight)
+    manager = KvManager(limits, policies, block_tokens=BLOCK_TOKENS, needs_tails=False)
     hits, waits = [], []
     begin = time.process_time()
     for request in requests:
@@ -126,7 +136,10 @@ def serve(manager: KvManager, request: Request, *, several: bool) -> tuple[int, 
                 break
             manager.acquire((key,))
             held.append(key)
+    if request.masses:
+        manager.observe(request.keys, request.masses)
     manager.release(held)
+    visit.answer = request.answer
     if several:
         carry_out(manager, manager.plan_moves(now, MOVES_AT_ONCE), now)
     loading = sum(BLOCK_BYTES / LOAD_BYTES_PER_S[tier] for tier in match.block_tiers)

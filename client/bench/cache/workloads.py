@@ -30,6 +30,10 @@ class Request:
 
     time: float
     keys: tuple[EntryKey, ...]
+    answer: int = 0
+    """Tokens of the answer; 0: not told."""
+    masses: tuple[float, ...] = ()
+    """Attention that the prompt's end gave each block, relative to their mean; none: not told."""
 
     def __len__(self) -> int:
         """Tokens; the last block counts as full."""
@@ -73,7 +77,7 @@ def conversation_trace(path: Path = TRACE) -> list[Request]:
     namer = Namer()
     with path.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    return [Request(row["timestamp"] / 1000, namer.keys(row["hash_ids"])) for row in rows]
+    return [Request(row["timestamp"] / 1000, namer.keys(row["hash_ids"]), row["output_length"]) for row in rows]
 
 
 def _in_order(arrivals: Iterator[tuple[float, list[object]]]) -> list[Request]:

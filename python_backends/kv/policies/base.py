@@ -24,8 +24,10 @@ class Visit:
     """Tokens up to and with its last entry so far."""
     turn: int = 1
     """How many visits in a row continued one another."""
-    gap: float = 0.0
-    """Seconds since the visit it continues; 0 where there is none."""
+    answer: int = 0
+    """Tokens of its answer so far; whoever serves the request sets it."""
+    lru_bytes: int = 0
+    """What LRU would still hold of it (`guard`)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +42,8 @@ class BlockStats:
     """The newest that used it."""
     uses: int = 1
     """Visits that used it."""
+    life: int = 0
+    """`hazards.pack_entry` of what was known of it when its newest life began; kept by the model of reuse."""
     mass: float | None = None
     """Attention received, relative to the mean of its prompt's blocks (1.0 = as much as any other), averaged over the
     newest visits; None where it was never measured."""

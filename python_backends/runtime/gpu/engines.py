@@ -66,6 +66,7 @@ def make_log(module: Any) -> Any:
             module.ILogger.__init__(self)
             self.errors: list[str] = []
             self.layers: list[str] = []
+            self.runtime: Any = None
 
         def log(self, severity: Any, message: str) -> None:
             if severity in {module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR}:
@@ -109,7 +110,8 @@ def load_engine(folder: Path, index: PlanIndex, plan: Plan, *, capability: int |
             f"`--compute-capability {here}`, or without that option"
         )
     log = make_log(module)
-    engine = module.Runtime(log).deserialize_cuda_engine(path.read_bytes())
+    log.runtime = module.Runtime(log)  # it must outlive its engine
+    engine = log.runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise ArtifactError(f"{path} cannot be loaded: {_explain(log.errors, rebuild)}")
     return engine, log

@@ -49,7 +49,7 @@ def open_decoder(manifest: Manifest, config: Config) -> GpuDecoder:
         make_products = _products(manifest.folder(contract.DECODER), config)
         decoder = GpuDecoder(device, manifest.model, weights, gpu_options(config, device), make_products)
         loaded = time.monotonic()
-        block = config.kv_block_tokens if config.enable_hmt else 0
+        block = config.kv_block_tokens if config.enable_hmt and config.hmt_attention_weight else 0
         compile_all = functools.partial(device.compile_all, progress=_Progress())
         recordings = warm_up(decoder, compile_all, chunk=config.prefill_chunk, attention_block=block)
         decoder.products.save()
@@ -75,7 +75,7 @@ def _products(folder: Path, config: Config) -> Callable[[Device, ModelShape, Dev
     if index is None:
         raise ConfigError(
             "enable_kernel_fusion is off, so that TensorRT plans do the work between attentions, and this build has "
-            "none; build again without --no-plans, or switch it on"
+            "none; build again with --plans, or switch it on"
         )
 
     def over_plans(device: Device, model: ModelShape, weights: DeviceWeights, max_tokens: int) -> PlanProducts:

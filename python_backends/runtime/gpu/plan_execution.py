@@ -89,6 +89,8 @@ class PlanRunner:
         profile = self.plan.profile(**shapes)
         if profile not in self._contexts:
             context = self._cache.context()
+            if context is None:
+                raise InternalError(f"plan {self.plan.name!r} gives no context: {'; '.join(self._log.errors)}")
             if not context.set_optimization_profile_async(profile, stream):
                 raise InternalError(f"plan {self.plan.name!r}: {'; '.join(self._log.errors)}")
             self._device.synchronize()

@@ -166,10 +166,13 @@ def test_sequences_set_aside_answer_as_if_alone(open_engine):
 
 
 def test_attention_masses_reach_the_books(open_engine):
-    engine, cache = open_engine()
-    alone(engine, prompt(14, 100), max_tokens=40)
-    masses = [entry.mass for entry in cache._manager._table if entry.key.kind == "block"]
-    known = [mass for mass in masses if mass is not None]
+    def masses(weight):
+        engine, cache = open_engine(config=dataclasses.replace(PLAIN, hmt_attention_weight=weight))
+        alone(engine, prompt(14, 100), max_tokens=40)
+        return [entry.mass for entry in cache._manager._table if entry.key.kind == "block"]
+
+    assert set(masses(0.0)) == {None}, "nobody asks what has no effect"
+    known = [mass for mass in masses(0.5) if mass is not None]
     assert len(known) >= 6
     assert all(mass > 0 for mass in known)
     assert len(set(known)) > 1

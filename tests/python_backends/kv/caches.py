@@ -49,9 +49,10 @@ def open_cache(
             free_floor_bytes=0,
             **nvme_options,
         )
+    limits = {tier: TierLimits(store.usable_bytes) for tier, store in stores.items()}
     manager = KvManager(
-        {tier: TierLimits(store.usable_bytes) for tier, store in stores.items()},
-        make_policies(policy, stores),
+        limits,
+        make_policies(policy, limits),
         block_tokens=layout.block_tokens,
         quota_bytes=quota,
     )

@@ -77,7 +77,7 @@ def favour_of_attention(policy):
     return policy.worth(entry, 10.0) / plain
 
 
-@pytest.mark.effect("hmt_eviction_policy", "hmt_decay_factor")
+@pytest.mark.effect("hmt_eviction_policy", "hmt_attention_weight", "hmt_decay_factor")
 def test_the_policy_is_chosen_by_name():
     def policies(**keys):
         engine, cache = opened(**keys)
@@ -88,8 +88,9 @@ def test_the_policy_is_chosen_by_name():
     assert isinstance(policies(hmt_eviction_policy="lfu")["host"], LFU)
     with pytest.raises(ConfigError, match="a2cr, lru, lfu"):
         opened(hmt_eviction_policy="fifo")
-    quick, slow = (policies(hmt_decay_factor=factor)["device"] for factor in (0.5, 0.001))
+    quick, slow = (policies(hmt_attention_weight=0.5, hmt_decay_factor=factor)["device"] for factor in (0.5, 0.001))
     assert 1.0 < favour_of_attention(quick) < favour_of_attention(slow)
+    assert favour_of_attention(policies(hmt_attention_weight=0.0)["device"]) == 1.0
 
 
 @pytest.mark.effect("nvme_path", "nvme_memory_gb")

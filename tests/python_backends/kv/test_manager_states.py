@@ -39,7 +39,7 @@ class ManagerStates(RuleBasedStateMachine):
         super().__init__()
         limits = {"device": 24, "host": 30, "nvme": 60}
         self.limits = {tier: TierLimits(limits[tier], 0.8, 0.6) for tier in self.tiers}
-        self.manager = KvManager(self.limits, make_policies(self.policy, self.tiers), Everything(), block_tokens=BLOCK)
+        self.manager = KvManager(self.limits, make_policies(self.policy, self.limits), Everything(), block_tokens=BLOCK)
         self.payloads: dict[Tier, dict[EntryId, EntryKey]] = {tier: {} for tier in self.tiers}
         self.held: list[tuple[EntryKey, ...]] = []
         self.pinned: list[tuple[EntryKey, ...]] = []
@@ -167,7 +167,7 @@ class ManagerStates(RuleBasedStateMachine):
             return
         last = self.tiers[-1]
         stored = self.payloads[last]
-        self.manager = KvManager(self.limits, make_policies(self.policy, self.tiers), block_tokens=BLOCK)
+        self.manager = KvManager(self.limits, make_policies(self.policy, self.limits), block_tokens=BLOCK)
         assert not self.manager.recover(reversed(stored.values()), last, self.now)
         self.payloads = {tier: stored if tier == last else {} for tier in self.tiers}
 

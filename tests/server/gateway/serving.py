@@ -60,6 +60,16 @@ def wait_until_answered(address: str, timeout_s: float = RECOVERY_S) -> set[int]
     return refused
 
 
+def wait_until_idle(address: str, timeout_s: float = 3) -> None:
+    """Until no sequence is left in the engine behind a gateway."""
+
+    def idle() -> bool:
+        state = httpx.get(f"{address}/v1/stats", timeout=10).raise_for_status().json()
+        return bool(state["batch"]["running"] + state["queue"]["waiting"] == 0)
+
+    _wait(idle, timeout_s)
+
+
 def _wait(is_done: Callable[[], bool], timeout_s: float) -> None:
     begin = time.monotonic()
     while time.monotonic() - begin < timeout_s:

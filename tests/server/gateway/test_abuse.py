@@ -346,3 +346,27 @@ def test_answers_are_compressed_and_named(http: httpx.Client) -> None:
     assert odd.headers["x-request-id"] != "a b\tc"
     answer = http.post(CHAT, json={**LONG, "max_tokens": 1}, headers={"X-Request-Id": "mine-2"})
     assert answer.json()["id"].startswith("chatcmpl-mine-2-")
+
+
+def test_a_client_of_http_1_0_gets_the_stream_that_others_get(gateway: Gateway) -> None:
+    """It cannot read chunks, so its events take the long way."""
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 12, "ignore_eos": True, "stream": True}
+    data = json.dumps(body).encode()
+    head = f"POST {CHAT} HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    with socket.create_connection(("127.0.0.1", gateway.settings.port), 20) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + data)
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    headers, _, old = received.decode().partition("\r\n\r\n")
+    new = httpx.post(gateway.address + CHAT, json=body, timeout=60)
+    assert headers.startswith("HTTP/1.1 200")
+    assert "transfer-encoding" not in headers.lower()
+    assert new.headers["transfer-encoding"] == "chunked"
+    assert choices_of(old) == choices_of(new.text)
+    assert len(choices_of(old)) >= 12
+
+
+def choices_of(stream: str) -> list[Any]:
+    """Of every event of a stream that is whole."""
+    *events, done, rest = stream.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: "))["choices"] for event in events]

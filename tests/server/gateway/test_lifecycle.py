@@ -13,7 +13,13 @@ from client.server import Server
 from client.server.gateway import Gateway
 from tests.server.conftest import options_for
 from tests.server.gateway.conftest import StartGateway
-from tests.server.gateway.serving import wait_until_ready, wicore_serve
+from tests.server.gateway.serving import (
+    events_of,
+    wait_until_answered,
+    wait_until_idle,
+    wait_until_ready,
+    wicore_serve,
+)
 
 
 def test_every_stage_is_asked(http: httpx.Client) -> None:
@@ -74,3 +80,19 @@ def test_without_the_gateway_triton_serves_alone(repository: Path) -> None:
     with wicore_serve(repository, "--no-gateway") as (_, ready):
         assert "gateway" not in ready
         assert httpx.get(f"{ready['http']}/v2/health/ready").status_code == 200
+
+
+def test_what_a_killed_gateway_had_asked_for_is_stopped(gateway: Gateway, start_gateway: StartGateway) -> None:
+    victim, address = start_gateway(), gateway.address
+    wait_until_answered(victim.address)
+    with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
+        events_of(victim.address, lambda: kill_at_work(victim, address))
+    wait_until_idle(address)
+    victim.start()
+    assert wait_until_answered(victim.address) == set()
+
+
+def kill_at_work(gateway: Gateway, other: str) -> None:
+    """Kill a gateway while the engine works for it."""
+    assert httpx.get(f"{other}/v1/stats").json()["batch"]["running"] > 0
+    gateway.kill()

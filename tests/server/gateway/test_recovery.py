@@ -21,6 +21,7 @@ from tests.server.gateway.serving import (
     RECOVERY_S,
     events_of,
     wait_until_answered,
+    wait_until_idle,
     wait_until_ready,
     wicore_serve,
 )
@@ -50,6 +51,7 @@ def after_a_kill(victim: str, ready: dict[str, Any], process: subprocess.Popen[s
     killed = time.monotonic()
     assert wait_until_answered(address) <= {503}
     wait_until_ready(address, killed + RECOVERY_S - time.monotonic())
+    wait_until_idle(address)  # also of what a killed gateway had asked for
     assert process.stdout is not None
     again: dict[str, Any] = json.loads(process.stdout.readline())
     return again
@@ -57,7 +59,7 @@ def after_a_kill(victim: str, ready: dict[str, Any], process: subprocess.Popen[s
 
 @pytest.mark.parametrize(
     "victims",
-    [("gateway", "tokenizer", "decoder"), ("tritonserver", "image_processor", "vision_encoder")],
+    [("gateway", "tokenizer", "decoder"), ("tritonserver", "image_processor", "vision_encoder", "gateway")],
     ids=" ".join,
 )
 def test_whatever_is_killed_fails_its_streams_clearly_and_serves_again(

@@ -30,7 +30,7 @@ ARGUMENTS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-SETTINGS = {"enable_hmt": True, "cpu_memory_gb": 1.0, "kv_block_tokens": 16, "max_batch_size": 8}
+SETTINGS = {"enable_hmt": True, "cpu_memory_gb": 1.0, "kv_block_tokens": 16, "max_batch_size": 8, "max_queue": 16}
 WIDE = {"width": 1360, "height": 850}
 
 OpenPage = Callable[..., Page]

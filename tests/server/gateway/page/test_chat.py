@@ -48,7 +48,7 @@ def test_a_dropped_picture_is_answered_right_and_the_tiers_fill(open_page: OpenP
 
 
 def test_an_answer_grows_shows_its_slot_and_stops_in_the_engine(open_page: OpenPage, gateway: Gateway) -> None:
-    idle(gateway.address, 30)  # what a gateway that was killed left behind
+    idle(gateway.address)
     page = open_page()
     endless(page)
     page.fill("#message", "Hi")

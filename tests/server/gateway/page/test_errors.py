@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+from client import Client
 from client.gateway import keys
 from client.gateway.settings import KEYS_NAME
+from client.server.gateway import Gateway
 from python_backends.errors import (
     AuthenticationError,
     ContextLengthError,
@@ -22,7 +25,7 @@ from python_backends.errors import (
     ServerUnavailableError,
 )
 from tests.server.gateway.conftest import StartGateway
-from tests.server.gateway.page.conftest import OpenPage, answer, ask, drop, endless, png, until
+from tests.server.gateway.page.conftest import SETTINGS, OpenPage, answer, ask, drop, endless, idle, png, until
 
 REFUSED = "Failed to load resource"  # Chromium's own word for a status that is an error
 
@@ -54,10 +57,34 @@ def test_what_is_too_large_or_too_often(open_page: OpenPage, start_gateway: Star
     once = "fetch('v1/completions', {method: 'POST', body: '{}'})"
     page.evaluate(f"Promise.all(Array.from({{length: 31}}, () => {once})).then(() => 0)")
     send(page, "你好")
-    error(page, "此密钥的额度暂时用完")
+    error(page, "此密钥的额度暂时用完。请在 2 秒后重试。")
     page.wait_for_timeout(2100)  # a thirtieth of a minute
     page.get_by_role("button", name="重试").click()
     assert answer(page, 0)
+    assert page.locator(".message").count() == 2
+
+
+def test_a_full_server_says_so_and_answers_when_it_has_room(
+    open_page: OpenPage, gateway: Gateway, client: Client
+) -> None:
+    page = open_page(expected=(REFUSED,))
+    slots, places = int(SETTINGS["max_batch_size"]), int(SETTINGS["max_queue"])
+    crowd = client.stream("Hi", n=slots + places, max_tokens=5000, ignore_eos=True, temperature=5.0)
+    with contextlib.closing(crowd):
+        next(crowd)
+        expect(page.locator("#gauges")).to_contain_text(f"{places} waiting")
+        send(page, "Hello")
+        for _ in range(2):
+            error(page, "The server has more to do than it can take. Your message is kept: try again in a moment.")
+            error(page, f"The server says: {places} requests are waiting already")
+            with page.expect_response("**/v1/chat/completions") as refused:
+                page.get_by_role("button", name="Try again").click()
+            assert (refused.value.status, refused.value.header_value("retry-after")) == (503, "1")
+        expect(page.locator("#connection")).to_have_text("Connected")
+    idle(gateway.address)
+    page.get_by_role("button", name="Try again").click()
+    assert answer(page, 0)
+    assert page.locator(".error").count() == 0
     assert page.locator(".message").count() == 2
 
 
@@ -85,7 +112,7 @@ def test_a_server_that_wants_a_key(
 def test_a_server_that_goes_away_in_the_middle_and_comes_back(open_page: OpenPage, start_gateway: StartGateway) -> None:
     gateway = start_gateway()
     page = open_page(gateway.address, (REFUSED,))
-    endless(page, 1500)  # nobody stops what a killed gateway had asked for
+    endless(page)
     page.fill("#message", "Hello")
     page.press("#message", "Enter")
     until(page, "document.querySelector('.assistant .text')?.textContent.length > 20")
