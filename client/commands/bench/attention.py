@@ -10,7 +10,7 @@ from client.commands.bench.options import Seed
 from client.commands.options import AsJson
 from client.commands.terminal import Status, command, emit
 
-DEFAULT_CAPACITIES = [100, 200, 400, 800]
+DEFAULT_CAPACITIES = [100, 200, 300, 400]
 
 
 @command
@@ -18,7 +18,7 @@ def attention(
     *,
     conversations: Annotated[int, typer.Option(min=2, help="Long conversations to record.")] = 120,
     capacity: Annotated[
-        list[int] | None, typer.Option(min=1, help="Blocks of 16 tokens; may be given again. [100 200 400 800]")
+        list[int] | None, typer.Option(min=1, help="Blocks of 16 tokens; may be given again. [100 200 300 400]")
     ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
