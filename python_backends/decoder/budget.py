@@ -47,10 +47,11 @@ class _Size:
 class PrefillBudget:
     """Adapts the prefill chunk to a target inter-token latency.
 
-    Between two decode steps at most one chunk runs, so a sequence waits for one decode step and one chunk: the chunk is
-    given what the target leaves beside the decode step. What a chunk takes is known from those that were run, by size
-    and with straight lines between sizes: a small one is mostly fixed cost (the weights are read once), so the speed
-    of large ones says little about it. The target is a bound, not a mean: as much is kept free as times vary.
+    Between two decode steps at most one chunk runs, so a sequence waits for one decode step, one chunk, and what the
+    engine does before each: the chunk is given what the target leaves beside the others. What a chunk takes is known
+    from those that were run, by size and with straight lines between sizes: a small one is mostly fixed cost (the
+    weights are read once), so the speed of large ones says little about it. The target is a bound, not a mean: as much
+    is kept free as times vary.
     A single image is never split and may exceed it.
 
     Args:
@@ -65,7 +66,9 @@ class PrefillBudget:
         self._sizes: dict[int, _Size] = {}
         """By bits of the number of tokens."""
         self._decode_s: float | None = None
-        self._chunks, self._decodes = _Deviation(), _Deviation()
+        self._ended_s: float | None = None
+        self._between_s = 0.0
+        self._chunks, self._decodes, self._betweens = _Deviation(), _Deviation(), _Deviation()
 
     @property
     def token_s(self) -> float:
@@ -99,13 +102,35 @@ class PrefillBudget:
         self._decodes.observe(seconds, self._decode_s)
         self._decode_s += SMOOTHING * (seconds - self._decode_s)
 
+    def begin_step(self, now_s: float) -> None:
+        """A step begins to run. What the engine did since the last one ended counts, unless it had nothing to do."""
+        if self._ended_s is not None:
+            self._observe_between(now_s - self._ended_s)
+
+    def end_step(self, now_s: float) -> None:
+        """A step has run."""
+        self._ended_s = now_s
+
+    def pause(self) -> None:
+        """There is nothing to run."""
+        self._ended_s = None
+
+    def _observe_between(self, seconds: float) -> None:
+        if not self._between_s:
+            self._between_s = seconds
+            return
+        seconds = _sane(seconds, self._between_s)
+        self._betweens.observe(seconds, self._between_s)
+        self._between_s += SMOOTHING * (seconds - self._between_s)
+
     def tokens(self, decoding: int) -> int:
         """The largest chunk now, while ``decoding`` sequences wait for their next token."""
         if not decoding:
             return self._largest
         if not self._sizes:
             return self._smallest
-        room = (self._target_s - self.decode_s * self._decodes.margin) / self._chunks.margin
+        others = self.decode_s * self._decodes.margin + 2 * self._between_s * self._betweens.margin
+        room = (self._target_s - others) / self._chunks.margin
         low, high = self._smallest, self._largest
         while low < high:
             middle = (low + high + 1) // 2

@@ -250,6 +250,7 @@ class Engine:
                 if step is not None:
                     self._count_waits(step)
                     return step
+                self._budget.pause()
                 self._changed.wait(IDLE_WAIT_S if self._sequences else None)
 
     def _count_waits(self, step: Step) -> None:
@@ -271,14 +272,14 @@ class Engine:
             if self._observed(step):
                 inputs.attention_block = self._reuse.block_tokens
             start = time.perf_counter()
+            self._budget.begin_step(start)
             outputs = self._runtime.step(inputs)
             seconds = time.perf_counter() - start
-        except WiCoreError as error:
+            self._budget.end_step(start + seconds)
+        except Exception as error:
             log.exception("a step failed")
-            return error
-        except Exception:
-            log.exception("a step failed")
-            return InternalError("a decode step failed; see the server's log")
+            failure = InternalError("a decode step failed; see the server's log")
+            return error if isinstance(error, WiCoreError) else failure
         self._observe(step, inputs, seconds)
         return outputs
 
