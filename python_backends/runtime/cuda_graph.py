@@ -1,9 +1,11 @@
 """The decoder's graph as ONNX Runtime's CUDA kernels take it. Weights stay in their file: only the graph is read.
 
-What a build writes is for the CPU. Three things are other on a GPU:
+What a build writes is for the CPU. Four things are other on a GPU:
 
 - GroupQueryAttention counts a row's valid tokens in an input that not every version knows. Steps come without padding
   and without idle rows there (`rows.unpadded`), so the input goes.
+- GroupQueryAttention reads the length of the longest row on the host before it is issued, so it becomes an input:
+  computed in the graph it would be on its way from the device.
 - GroupQueryAttention has kernels for float16 and bfloat16. Over float32 caches, which then hold the whole context in
   local layers, too, it becomes plain products: made to compare with, not to be fast.
 - Attention under a mask, which only the rows of images need, becomes plain products as well: its kernels take masks
@@ -24,8 +26,10 @@ import onnx
 from numpy.typing import ArrayLike, DTypeLike
 from onnx import TensorProto, helper, numpy_helper
 
-_QUERY_LEN = 16
-"""GroupQueryAttention's input for the number of valid tokens."""
+TOTAL_LENGTH = "total_length"
+"""Input of the rewritten graph, int32 []: tokens of the longest row, the chunk's included."""
+_TOTAL_LENGTH, _QUERY_LEN = 6, 16
+"""GroupQueryAttention's inputs for the longest row's tokens and for the number of valid ones."""
 _LOWEST = float(np.finfo(np.float32).min)
 
 
@@ -40,9 +44,12 @@ def rewrite_for_cuda(path: Path) -> bytes:
         writer.exchange(graph, "Attention", writer.masked_attention)
     if needs_whole_caches(writer.cache_type):
         writer.exchange(model.graph, "GroupQueryAttention", writer.cached_attention)
-    for node in model.graph.node:
-        if node.op_type == "GroupQueryAttention":
-            _drop_query_len(node)
+    cached = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    for node in cached:
+        _drop_query_len(node)
+        node.input[_TOTAL_LENGTH] = TOTAL_LENGTH
+    if cached:
+        model.graph.input.append(helper.make_tensor_value_info(TOTAL_LENGTH, TensorProto.INT32, []))
     return bytes(model.SerializeToString())
 
 

@@ -22,7 +22,7 @@ from python_backends.errors import ArtifactError, InternalError
 from python_backends.manifest import ModelShape
 from python_backends.runtime.base import DecoderSpec, Float32, KvLayout, SlotState, StepInputs, StepOutputs, UInt8
 from python_backends.runtime.checks import check_step
-from python_backends.runtime.cuda_graph import needs_whole_caches, rewrite_for_cuda
+from python_backends.runtime.cuda_graph import TOTAL_LENGTH, needs_whole_caches, rewrite_for_cuda
 from python_backends.runtime.device_slots import DeviceSlots
 from python_backends.runtime.gpu.launch import Device
 from python_backends.runtime.memory import plan_slots
@@ -92,6 +92,7 @@ class OnnxRuntimeDecoder:
         self._provider, self._on_device = provider, device is not None
         self._session = open_session(path, provider, num_threads, cpu_kernels, kernel_fusion=kernel_fusion, model=graph)
         inputs = {item.name: item for item in self._session.get_inputs()}
+        self._counts_total = TOTAL_LENGTH in inputs
         if _interface(self._session) != _wanted_interface(model):
             raise ArtifactError(rebuild(path, "it is a decoder of another model or version"))
         dtype, self._cache_type = _CACHES[inputs["past_key.0"].type]
@@ -278,6 +279,8 @@ class OnnxRuntimeDecoder:
             feeds[f"adjust_{name}"] = (
                 np.empty((rows, 0), dtype) if value is None else np.ascontiguousarray(value, dtype)
             )
+        if self._counts_total:
+            feeds[TOTAL_LENGTH] = np.array(max(1, int((inputs.past_len + inputs.query_len).max())), np.int32)
         if self._takes_images:
             text = np.full(inputs.input_ids.shape, -1, np.int32)
             features, index, group = inputs.image_features, inputs.image_index, inputs.image_group
