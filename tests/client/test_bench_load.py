@@ -16,12 +16,13 @@ JOB = Job((1, 2, 3), "", 3)
 
 
 class Notes:
-    """Gives a token every few milliseconds, and notes how many jobs it had at once."""
+    """Gives a token every few milliseconds, and notes how many jobs it had at once. It begins with ``first`` of them."""
 
     name = "notes"
 
-    def __init__(self, every_s: float = 0.002, fail: bool = False) -> None:
+    def __init__(self, every_s: float = 0.002, fail: bool = False, first: int = 1) -> None:
         self._every_s, self._fail = every_s, fail
+        self._first, self._begun = first, threading.Event()
         self._lock = threading.Lock()
         self.now = self.most = 0
         self.submitted: list[float] = []
@@ -31,9 +32,12 @@ class Notes:
         with self._lock:
             self.now += 1
             self.most = max(self.most, self.now)
+        if len(self.submitted) >= self._first:
+            self._begun.set()
         threading.Thread(target=self._answer, args=(job, trace, done)).start()
 
     def _answer(self, job: Job, trace: Trace, done: Callable[[], None]) -> None:
+        self._begun.wait(10)
         for _ in range(0 if self._fail else job.max_tokens):
             time.sleep(self._every_s)
             trace.add(1)
@@ -44,14 +48,14 @@ class Notes:
 
 
 def test_a_batch_is_asked_at_once_and_waited_for() -> None:
-    target = Notes()
+    target = Notes(first=5)
     traces = together(target, [JOB] * 5)
     assert target.most == 5
     assert all(len(trace.stamps) == 3 and trace.ended_s >= trace.stamps[-1] for trace in traces)
 
 
 def test_a_closed_loop_never_has_more_in_flight_than_its_concurrency() -> None:
-    target = Notes()
+    target = Notes(first=3)
     traces = closed_loop(target, itertools.repeat(JOB), concurrency=3, requests=10)
     assert len(traces) == 10
     assert target.most == 3
