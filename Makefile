@@ -31,8 +31,11 @@ check: .venv/test.stamp
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
+# Two workers share the cores with the servers they start. What fails beside others is run once more by itself, and must
+# pass there; its first failure stays in the output.
 test: check browser
-	$(BIN)/pytest -m "not soak" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not soak" -n 2 --dist loadfile || \
+		{ echo "Once more, by themselves:"; $(BIN)/pytest -m "not soak" --last-failed --last-failed-no-failures none; }
 
 # The page is tested in a real browser. Without one those tests are skipped, and this line says so.
 browser:

@@ -16,7 +16,7 @@ JOB = Job((1, 2, 3), "", 3)
 
 
 class Notes:
-    """Gives a token every few milliseconds, and notes how many jobs it had at once. It begins with ``first`` of them."""
+    """Gives a token every few milliseconds once it has ``first`` jobs, and notes how many it had at once."""
 
     name = "notes"
 
@@ -71,7 +71,7 @@ def test_open_loop_clocks_start_at_the_arrival_that_was_drawn() -> None:
 
 
 def test_an_open_loop_does_not_wait_for_answers() -> None:
-    target = Notes(every_s=0.05)
+    target = Notes(every_s=0.05, first=4)
     open_loop(target, itertools.repeat(JOB), 1000.0, 8, 0)
     assert target.most > 3
 
