@@ -18,6 +18,7 @@ from builders.quantize import Precision
 from python_backends.manifest import ImageShape, ModelShape
 from python_backends.runtime.base import StepInputs
 from python_backends.runtime.gpu.interpreter import InterpreterDevice
+from python_backends.runtime.gpu.launch import Device
 from python_backends.runtime.onnxruntime import OnnxRuntimeDecoder, OnnxRuntimeVision
 from tests.checkpoints import scratch
 from tests.prompts import Prompt
@@ -58,29 +59,9 @@ def decoder(
     context: int = 512,
     accuracy_level: int = 4,
     block_tokens: int = 64,
-) -> OnnxRuntimeDecoder:
-    return OnnxRuntimeDecoder(
-        artefacts(checkpoint, precision, accuracy_level),
-        model_shape(open_checkpoint(checkpoint).config),
-        num_slots=num_slots,
-        max_context_length=context,
-        memory_limit=2**30,
-        num_threads=2,
-        block_tokens=block_tokens,
-    )
-
-
-def decoder_as_on_gpu(
-    checkpoint: Path,
-    precision: Precision = FP32,
-    *,
-    num_slots: int = 4,
-    context: int = 512,
-    accuracy_level: int = 4,
-    block_tokens: int = 64,
     memory_limit: int = 2**30,
+    device: Device | None = None,
 ) -> OnnxRuntimeDecoder:
-    """The graph, the steps and the caches that a GPU has, computed on the CPU."""
     return OnnxRuntimeDecoder(
         artefacts(checkpoint, precision, accuracy_level),
         model_shape(open_checkpoint(checkpoint).config),
@@ -89,8 +70,13 @@ def decoder_as_on_gpu(
         memory_limit=memory_limit,
         num_threads=2,
         block_tokens=block_tokens,
-        device=InterpreterDevice(),
+        device=device,
     )
+
+
+def decoder_as_on_gpu(checkpoint: Path, precision: Precision = FP32, **sizes: int) -> OnnxRuntimeDecoder:
+    """The graph, the steps and the caches that a GPU has, computed on the CPU."""
+    return decoder(checkpoint, precision, **sizes, device=InterpreterDevice())
 
 
 def vision(checkpoint: Path, precision: Precision = FP32) -> OnnxRuntimeVision:

@@ -14,6 +14,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from python_backends.errors import InternalError
+
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
@@ -72,6 +74,20 @@ class KvLayout:
     def tail_bytes(self, length: int) -> int:
         """Size of the tail at position ``length``."""
         return length % self.block_tokens * self.global_bytes + min(length, self.window) * self.local_bytes
+
+    def first_block(self, blocks: int, length: int, kept: int, computed: int) -> int:
+        """Index of the first of so many blocks that fill a slot (`DecoderRuntime.import_blocks`).
+
+        Raises:
+            InternalError: they do not make ``length`` tokens behind ``computed``, or not ``kept`` of them can count.
+        """
+        first = computed // self.block_tokens
+        if blocks != length // self.block_tokens - first or not max(computed, length - 1) <= kept <= length:
+            raise InternalError(
+                f"{blocks} blocks of {self.block_tokens} tokens for {kept} of {length} tokens "
+                f"behind {computed} computed"
+            )
+        return first
 
     @property
     def largest_tail_bytes(self) -> int:

@@ -34,6 +34,7 @@ class DeviceSlots(SlotCaches):
         self._device = device
         self._tensors: dict[str, Tensor] = {}
         self._begun: list[Transfer] = []
+        """They keep the host memory that is copied until it has been."""
         device.activate()
         super().__init__(model, plan, dtype, block_tokens)
         self._finish()
@@ -69,8 +70,6 @@ class DeviceSlots(SlotCaches):
 
     def _finish(self) -> None:
         self._device.synchronize()
-        for transfer in self._begun:
-            transfer.wait()
         self._begun.clear()
 
     def _piece(self, name: str, slot: int, start: int, rows: int) -> Piece:

@@ -45,19 +45,14 @@ def unpadded(inputs: StepInputs) -> list[tuple[slice, StepInputs]]:
 
     Rows of one token stay together where they are neighbours; a longer chunk goes alone.
     """
-    found: list[tuple[slice, StepInputs]] = []
-    width = inputs.input_ids.shape[1]
     active = [row for row, length in enumerate(inputs.query_len) if length > 0]
+    if inputs.input_ids.shape[1] > 1:
+        return [(slice(row, row + 1), single_row(inputs, row)) for row in active]
+    parts: list[slice] = []
     for row in active:
-        if width > 1:
-            found.append((slice(row, row + 1), single_row(inputs, row)))
-        elif found and found[-1][0].stop == row:
-            part = slice(found[-1][0].start, row + 1)
-            found[-1] = part, some_rows(inputs, part)
-        else:
-            part = slice(row, row + 1)
-            found.append((part, some_rows(inputs, part)))
-    return found
+        start = parts.pop().start if parts and parts[-1].stop == row else row
+        parts.append(slice(start, row + 1))
+    return [(part, some_rows(inputs, part)) for part in parts]
 
 
 def spread_rows(parts: Sequence[tuple[slice, StepOutputs]], into: StepOutputs) -> StepOutputs:

@@ -188,13 +188,9 @@ class SlotCaches:
                 serve. The slot's tokens are undefined then.
         """
         size, kept = self.layout.block_tokens, length if keep is None else keep
-        first = computed // size
+        first = self.layout.first_block(len(blocks), length, kept, computed)
         self._check(slot, length)
         _check_bytes(tail, self.layout.tail_bytes(length))
-        if len(blocks) != length // size - first or not max(computed, length - 1) <= kept <= length:
-            raise InternalError(
-                f"{len(blocks)} blocks of {size} tokens for {kept} of {length} tokens behind {computed} computed"
-            )
         for index, block in enumerate(blocks, first):
             _check_bytes(block, self.layout.block_bytes)
             parts = self._parts(block)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
-from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-PERIOD_S = 0.1
+from client.gateway.gpu import READ_AGE_S, GpuMeter
+
+PERIOD_S = 1.2 * READ_AGE_S
 
 
 class Utilisation:
-    """A context manager; `mean` afterwards. Takes pynvml where it is installed, else nvidia-smi."""
+    """A context manager; `mean` afterwards. Needs nvidia-ml-py, as `GpuMeter`."""
 
     def __init__(self) -> None:
         self._samples: list[float] = []
@@ -35,28 +35,7 @@ class Utilisation:
         self._thread.join()
 
     def _sample(self) -> None:
-        try:
-            ask = _reader()
-            while not self._over.wait(PERIOD_S):
-                self._samples.append(ask())
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            print(f"the GPU's utilisation cannot be read: {error}", flush=True)
-
-
-def _reader() -> Callable[[], float]:
-    try:
-        import pynvml
-    except ImportError:
-        return _ask_nvidia_smi
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        pynvml.nvmlDeviceGetUtilizationRates(handle)
-    except pynvml.NVMLError:
-        return _ask_nvidia_smi
-    return lambda: float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-
-
-def _ask_nvidia_smi() -> float:
-    command = ["nvidia-smi", "-i", "0", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout)
+        meter = GpuMeter()
+        while not self._over.wait(PERIOD_S):
+            if (reading := meter.read()) is not None:
+                self._samples.append(100 * reading.utilization)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from python_backends.errors import EntryLostError, InternalError, TierFullError, TierIoError
 from python_backends.kv.blocks import EntryId, EntryKey, Tier
-from python_backends.kv.tiers.base import TierStats, WriteFailure
+from python_backends.kv.tiers.base import TierStats, WriteFailure, read_each, write_each
 from python_backends.kv.tiers.extents import FreeRuns, Relocation, plan_relocation, spans_of
 from python_backends.kv.tiers.memory import Memory, plain_memory
 
@@ -105,14 +105,7 @@ class Arena:
 
     def write_many(self, items: Sequence[tuple[EntryKey, memoryview]]) -> list[WriteFailure | None]:
         """See `TierStore.write_many`."""
-        results: list[WriteFailure | None] = []
-        for key, payload in items:
-            try:
-                self.write(key, payload)
-                results.append(None)
-            except (TierFullError, TierIoError) as error:
-                results.append(error)
-        return results
+        return write_each(self.write, items)
 
     @contextmanager
     def fill(self, key: EntryKey) -> Iterator[memoryview]:
@@ -145,14 +138,7 @@ class Arena:
 
     def read_many(self, items: Sequence[tuple[EntryKey, memoryview]]) -> list[EntryLostError | None]:
         """See `TierStore.read_many`."""
-        results: list[EntryLostError | None] = []
-        for key, into in items:
-            try:
-                self.read(key, into)
-                results.append(None)
-            except EntryLostError as error:
-                results.append(error)
-        return results
+        return read_each(self.read, items)
 
     @contextmanager
     def view(self, key: EntryKey) -> Iterator[memoryview]:

@@ -7,7 +7,7 @@ block, may come from any thread, and raise only `TierFullError`, `TierIoError` (
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -155,3 +155,30 @@ class MemoryStore(TierStore, Protocol):
     def defragment(self, run_bytes: int, most_bytes: int) -> int:
         """Make sure that ``run_bytes`` are free in one piece by moving at most ``most_bytes``; returns bytes moved."""
         ...
+
+
+Items = Sequence[tuple[EntryKey, memoryview]]
+
+
+def write_each(write: Callable[[EntryKey, memoryview], None], items: Items) -> list[WriteFailure | None]:
+    """`TierStore.write_many` where many are no faster than one after the other."""
+    results: list[WriteFailure | None] = []
+    for key, payload in items:
+        try:
+            write(key, payload)
+            results.append(None)
+        except (TierFullError, TierIoError) as error:
+            results.append(error)
+    return results
+
+
+def read_each(read: Callable[[EntryKey, memoryview], None], items: Items) -> list[EntryLostError | None]:
+    """`TierStore.read_many` where many are no faster than one after the other."""
+    results: list[EntryLostError | None] = []
+    for key, into in items:
+        try:
+            read(key, into)
+            results.append(None)
+        except EntryLostError as error:
+            results.append(error)
+    return results

@@ -274,12 +274,7 @@ class GpuDecoder:
         Raises:
             InternalError: no such slot, or buffers that do not add up; the slot's tokens are undefined then.
         """
-        size, kept = self.kv_layout.block_tokens, length if keep is None else keep
-        first = computed // size
-        if len(blocks) != length // size - first or not max(computed, length - 1) <= kept <= length:
-            raise InternalError(
-                f"{len(blocks)} blocks of {size} tokens for {kept} of {length} tokens behind {computed} computed"
-            )
+        first = self.kv_layout.first_block(len(blocks), length, length if keep is None else keep, computed)
         self._device.activate()
         return self.kv.import_blocks(slot, blocks, tail, length, first=first)
 
