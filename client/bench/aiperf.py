@@ -1,4 +1,6 @@
-"""NVIDIA's aiperf and our own closed loop against the gateway, in turns: the same prompts, callers and answer lengths.
+"""NVIDIA's aiperf and our own closed loop against the gateway, in turns: as many callers, tokens and answers.
+
+No prompt is asked twice: the server would find it in its KV cache, and whoever came second would be answered sooner.
 
 Each run has a gateway of its own, whose account of first tokens stands beside what the callers saw: where the two
 callers differ and it does not, the difference lies in the callers; where it differs as they do, in the load. aiperf
@@ -39,7 +41,7 @@ Opened = Callable[[], AbstractContextManager[str]]
 
 @dataclass(frozen=True)
 class Load:
-    """What both sides offer."""
+    """What one side offers in a round."""
 
     jobs: tuple[Job, ...]
     concurrency: int
@@ -74,9 +76,9 @@ def measure(
     warm_up = 2 * concurrency
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for number in range(plan.repeats):
-        jobs = tuple(prompts.job(plan.prompt_tokens, plan.output_tokens) for _ in range(warm_up + plan.requests))
-        load = Load(jobs, concurrency, warm_up)
         for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+            jobs = tuple(prompts.job(plan.prompt_tokens, plan.output_tokens) for _ in range(warm_up + plan.requests))
+            load = Load(jobs, concurrency, warm_up)
             report(f"{side}, round {number + 1} of {plan.repeats} …")
             with open_gateway() as address:
                 if side == "ours":

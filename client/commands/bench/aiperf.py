@@ -27,7 +27,7 @@ def aiperf(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Compare NVIDIA's aiperf with our own closed loop: the same prompts against one server's gateway, in turns.
+    """Compare NVIDIA's aiperf with our own closed loop: prompts of one length against one server's gateway, in turns.
 
     Beside what each says stands what the gateway saw of the same run. Drafts are off.
 
